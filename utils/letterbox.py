@@ -1,0 +1,66 @@
+"""Fit a picture into the network input with its aspect kept, and map boxes there and back."""
+
+import cv2
+import numpy as np
+from torch import Tensor
+
+GREY = 128  # the padding: the fork's grey
+
+
+def letterbox_geometry(
+    image_hw: tuple[int, int], input_hw: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Where a picture lands in the padded input: (top, left, height, width) in input pixels.
+
+    Raises ValueError if a size is not positive.
+    """
+    if min(*image_hw, *input_hw) <= 0:
+        raise ValueError(f"sizes must be positive, got picture {image_hw}, input {input_hw}")
+    scale = min(input_hw[0] / image_hw[0], input_hw[1] / image_hw[1])
+    height = max(1, min(input_hw[0], round(image_hw[0] * scale)))
+    width = max(1, min(input_hw[1], round(image_hw[1] * scale)))
+    return (input_hw[0] - height) // 2, (input_hw[1] - width) // 2, height, width
+
+
+def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Resize an (H, W, 3) uint8 picture: area averaging when shrinking, bicubic when enlarging."""
+    shrinks = size_hw[0] < image.shape[0] or size_hw[1] < image.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    if size_hw == image.shape[:2]:
+        return image
+    return cv2.resize(image, (size_hw[1], size_hw[0]), interpolation=interpolation)
+
+
+def letterbox(image: np.ndarray, input_hw: tuple[int, int]) -> np.ndarray:
+    """Resize with aspect kept, antialiased when shrinking, and pad with grey, centred.
+
+    image: (H, W, 3) uint8. Returns (*input_hw, 3) uint8.
+    """
+    top, left, height, width = letterbox_geometry(image.shape[:2], input_hw)
+    canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
+    canvas[top : top + height, left : left + width] = resize(image, (height, width))
+    return canvas
+
+
+def image_to_letterbox(
+    boxes_xyxy: Tensor, image_hw: tuple[int, int], input_hw: tuple[int, int]
+) -> Tensor:
+    """Map boxes from the original picture into the padded input. (N, 4) pixels in and out."""
+    top, left, height, width = letterbox_geometry(image_hw, input_hw)
+    scale = boxes_xyxy.new_tensor([width / image_hw[1], height / image_hw[0]]).repeat(2)
+    return boxes_xyxy * scale + boxes_xyxy.new_tensor([left, top, left, top])
+
+
+def letterbox_to_image(
+    boxes_xyxy: Tensor, input_hw: tuple[int, int], image_hw: tuple[int, int]
+) -> Tensor:
+    """Map boxes from the padded input back to the original picture. Inverse of the above.
+
+    boxes_xyxy: (N, 4), pixels of the input. Returns (N, 4), pixels of the picture, clipped to it.
+    Raises ValueError if a size is not positive.
+    """
+    top, left, height, width = letterbox_geometry(image_hw, input_hw)
+    offset = boxes_xyxy.new_tensor([left, top, left, top])
+    scale = boxes_xyxy.new_tensor([image_hw[1] / width, image_hw[0] / height]).repeat(2)
+    limit = boxes_xyxy.new_tensor([image_hw[1], image_hw[0]]).repeat(2)
+    return ((boxes_xyxy - offset) * scale).clamp(min=0).minimum(limit)

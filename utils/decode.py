@@ -1,5 +1,6 @@
 """From raw network maps to boxes, and the anchors that both need."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,10 +23,10 @@ def read_anchors(path: str) -> tuple[tuple[float, float], ...]:
         numbers = [float(word) for word in text.replace(",", " ").split()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read anchors ({error}). Give nine w,h pairs.") from None
-    if len(numbers) != 18 or min(numbers) <= 0:
-        raise UserError(
-            f"{path}: expected nine w,h pairs of positive pixels, found {len(numbers)} numbers."
-        )
+    if len(numbers) != 18:
+        raise UserError(f"{path}: expected nine w,h pairs, 18 numbers, found {len(numbers)}.")
+    if not all(0 < number < math.inf for number in numbers):
+        raise UserError(f"{path}: anchors are positive sizes in input pixels, found {numbers}.")
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 

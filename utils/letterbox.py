@@ -23,11 +23,14 @@ def letterbox_geometry(
 
 
 def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize an (H, W, 3) uint8 picture: area averaging when shrinking, bicubic when enlarging."""
-    shrinks = size_hw[0] < image.shape[0] or size_hw[1] < image.shape[1]
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    """Resize an (H, W, 3) uint8 picture: area averaging when shrinking, bicubic when enlarging.
+
+    Bicubic too when one side grows: there OpenCV's area averaging copies the nearest pixels.
+    """
     if size_hw == image.shape[:2]:
         return image
+    shrinks = size_hw[0] <= image.shape[0] and size_hw[1] <= image.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
     return cv2.resize(image, (size_hw[1], size_hw[0]), interpolation=interpolation)
 
 

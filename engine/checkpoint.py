@@ -1,0 +1,90 @@
+"""Checkpoints: files of tensors and plain types, replaced in a way that survives a crash."""
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nets.weights import FORMAT_VERSION, from_checkpoint, read_torch_file
+from nets.yolo import YoloV4
+from utils.errors import UserError
+
+REQUIRED_KEYS = (
+    *("model", "class_names", "anchors", "input_shape", "width", "depth", "scale_xy"),
+    *("conf_loss", "conf_threshold", "config", "epoch", "metrics"),
+)
+RESUME_KEYS = ("raw_model", "ema", "optimizer", "scaler", "schedule", "loss", "random", "step")
+
+
+def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write a checkpoint to a temporary name, flush it to disk, then rename it over `path`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the checkpoint ({error}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of ours on the CPU, with `weights_only=True`.
+
+    Raises UserError if the file is missing, damaged, no checkpoint of ours, written by a newer
+    version, or, with `for_resume`, lacks the training state that only last.pt holds.
+    """
+    checkpoint = read_torch_file(path)
+    if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this trainer. Give a best.pt or last.pt.")
+    from_checkpoint(checkpoint, path)  # refuses another format version
+    missing = [key for key in REQUIRED_KEYS if key not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: the checkpoint lacks {', '.join(missing)}; it is damaged.")
+    if for_resume and any(key not in checkpoint for key in RESUME_KEYS):
+        raise UserError(f"{path}: holds no training state. Resume from last.pt or its folder.")
+    return checkpoint
+
+
+def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> YoloV4:
+    """The checkpoint's network with its weights, in eval mode on `device`, channels_last."""
+    model = YoloV4(
+        len(checkpoint["class_names"]), width=checkpoint["width"], depth=checkpoint["depth"]
+    )
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"The checkpoint's weights do not fit its own network: {error}") from None
+    return model.to(device, memory_format=torch.channels_last).eval()
+
+
+def cpu_copy(value: Any) -> Any:
+    """A detached copy on the CPU of every tensor in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: cpu_copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cpu_copy(item) for item in value)
+    return value
+
+
+def random_states() -> dict[str, Any]:
+    """The states of python's and torch's generators, as plain types and tensors."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """Inverse of `random_states`; CUDA states are restored where there are as many devices."""
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,64 @@
+"""The non-finite guard: the device skips a bad step, and the host learns it a step later."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+class BatchNormRollback:
+    """Undo one forward's effect on the running statistics, on the device and without a sync.
+
+    A forward with a non-finite activation would poison the running mean and variance for good,
+    though its step is skipped. All statistics become views of one flat tensor, so that a
+    snapshot and a selective restore are two kernels, not two for each of 107 layers.
+    """
+
+    def __init__(self, model: nn.Module):
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.flat = torch.cat([t for m in norms for t in (m.running_mean, m.running_var)])
+        start = 0
+        for module in norms:
+            for name in ("running_mean", "running_var"):
+                size = getattr(module, name).numel()
+                setattr(module, name, self.flat[start : start + size])
+                start += size
+        self.saved = self.flat.clone()
+
+    def snapshot(self) -> None:
+        """Remember the statistics before a forward."""
+        self.saved.copy_(self.flat)
+
+    def restore_unless(self, finite: Tensor) -> None:
+        """Go back to the snapshot where `finite` (a bool scalar on the device) is false."""
+        self.flat.copy_(torch.where(finite, self.flat, self.saved))
+
+
+class NonFiniteGuard:
+    """Counts skipped steps on the host and stops a training that only skips."""
+
+    def __init__(self, *, limit: int = 5):
+        self.limit = limit
+        self.in_a_row = 0
+        self.skipped = 0
+
+    def check(self, terms: dict[str, float], *, finite: bool, pictures: Sequence[str]) -> str:
+        """Note one finished step. Returns a message when it was skipped, "" otherwise.
+
+        Raises UserError after `limit` skipped steps in a row.
+        """
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if finite:
+            return ""
+        self.skipped += 1
+        values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        message = f"non-finite loss or gradient, step skipped ({values}); pictures: "
+        message += ", ".join(pictures)
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"{self.limit} steps in a row were skipped. Last: {message}. Lower --lr or "
+                "--clip_norm, check these pictures, or try --amp off; then --resume."
+            )
+        return message

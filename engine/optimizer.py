@@ -1,0 +1,115 @@
+"""Optimizers with the original fork's parameter groups, its learning rates, and the EMA."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from utils.errors import UserError
+
+NOMINAL_BATCH = 64
+MIN_LR_RATIO = 0.01
+SCHEDULES = ("cosine", "step")
+# name: (learning rate at batch 64, its lower and upper clamp, weight decay); the fork's figures.
+OPTIMIZERS = {
+    "sgd": (1e-2, 5e-4, 5e-2, 5e-4),
+    "adam": (1e-3, 3e-4, 1e-3, 0.0),
+    "adamw": (1e-3, 3e-4, 1e-3, 5e-2),
+}
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError if there is no optimizer of this name."""
+    if name not in OPTIMIZERS:
+        raise UserError(f"optimizer {name!r} is unknown. Use one of: {', '.join(OPTIMIZERS)}.")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Convolution weights with decay; BN weights and all biases without."""
+    decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    ids = {id(parameter) for parameter in decayed}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(
+    name: str, model: nn.Module, *, momentum: float = 0.937, weight_decay: float | None = None
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, Adam or AdamW (momentum is beta1), fused on every device.
+
+    The fused forms take `found_inf`, a device scalar that skips a step without a sync.
+    Raises UserError for an unknown name.
+    """
+    check_optimizer(name)
+    decay = OPTIMIZERS[name][3] if weight_decay is None else weight_decay
+    groups = parameter_groups(model, decay)
+    lr = torch.finfo(torch.float32).tiny  # set before every step by the schedule
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=True, fused=True)
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(groups, lr, betas=(momentum, 0.999), fused=True)
+
+
+def scaled_lr(name: str, lr: float | None, batch_size: int) -> tuple[float, float]:
+    """(initial, minimal) learning rate for a batch: lr * batch / 64, clamped as the fork does.
+
+    lr None means the optimizer's own. The minimum is .01 x, with limits of .01 x.
+    """
+    check_optimizer(name)
+    default, low, high, _ = OPTIMIZERS[name]
+    wanted = (default if lr is None else lr) * batch_size / NOMINAL_BATCH
+    return min(max(wanted, low), high), min(
+        max(wanted * MIN_LR_RATIO, low * MIN_LR_RATIO), high * MIN_LR_RATIO
+    )
+
+
+def learning_rate(
+    progress: float, *, epochs: int, schedule: str, initial: float, minimal: float
+) -> float:
+    """The learning rate after `progress` epochs (a fraction within an epoch) out of `epochs`.
+
+    "cosine": quadratic warm-up from .1 x, half a cosine, a flat end at the minimum.
+    "step": ten equal steps, geometric from the initial to the minimal rate, no warm-up.
+    """
+    if schedule == "step":
+        done = min(int(progress / (epochs / 10)), 9)
+        return initial * (minimal / initial) ** (done / 9)
+    warm_up = min(max(0.05 * epochs, 1), 3)
+    flat = min(max(0.05 * epochs, 1), 15)
+    if progress < warm_up:
+        return 0.1 * initial + 0.9 * initial * (progress / warm_up) ** 2
+    if progress >= epochs - flat:
+        return minimal
+    share = (progress - warm_up) / (epochs - warm_up - flat)
+    return minimal + (initial - minimal) * (1 + math.cos(math.pi * share)) / 2
+
+
+class Ema(AveragedModel):
+    """Exponential moving average of weights and BN statistics with a ramped decay.
+
+    After t updates the decay is min(decay, (1 + t) / (10 + t)): a short run forgets its first
+    weights in time, a long one averages over 1 / (1 - decay) steps.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
+        self.requires_grad_(False)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take one step towards the model's weights and statistics."""
+        self.updates += 1
+        super().update_parameters(model)
+
+    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _count) -> None:
+        if not averaged[0].is_floating_point():
+            torch._foreach_copy_(averaged, current)
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(averaged, current, 1 - decay)

@@ -1,0 +1,53 @@
+"""Pictures that show what a training sees and what it finds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.boxes import cxcywh_to_xyxy
+from utils.draw import draw_boxes, picture_grid
+from utils.image import read_image
+from utils.letterbox import image_to_letterbox, letterbox
+from utils.voc import Sample
+
+MOST_PICTURES = 8
+SHOWN_HW = (416, 416)  # size of one picture of detections
+
+
+def batch_picture(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> np.ndarray:
+    """The first pictures of a training batch with the boxes that the loss is given.
+
+    images: uint8 (B, 3, H, W); targets: (N, 6). Returns RGB uint8.
+    """
+    size = targets.new_tensor([images.shape[3], images.shape[2]]).repeat(2)
+    drawn = []
+    for index, image in enumerate(images[:MOST_PICTURES]):
+        rows = targets[targets[:, 0] == index]
+        boxes_xyxy = (cxcywh_to_xyxy(rows[:, 2:]) * size).numpy()
+        class_ids = rows[:, 1].int().numpy()
+        drawn.append(draw_boxes(image.permute(1, 2, 0).numpy(), boxes_xyxy, class_ids, class_names))
+    return picture_grid(drawn)
+
+
+def detections_picture(
+    samples: Sequence[Sample],
+    detections: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    conf_threshold: float,
+) -> np.ndarray:
+    """Pictures of a split, evenly chosen, with what is found at a threshold. Returns RGB uint8.
+
+    detections: a (n, 6) array of xyxy, score, class a picture, in its own pixels.
+    """
+    chosen = np.linspace(0, len(samples) - 1, min(MOST_PICTURES, len(samples))).astype(int)
+    drawn = []
+    for index in chosen:
+        rows = torch.from_numpy(detections[index])
+        rows = rows[rows[:, 4] >= conf_threshold]
+        boxes_xyxy = image_to_letterbox(rows[:, :4], samples[index].image_hw, SHOWN_HW).numpy()
+        image = letterbox(read_image(samples[index].image_path), SHOWN_HW)
+        class_ids, scores = rows[:, 5].int().numpy(), rows[:, 4].numpy()
+        drawn.append(draw_boxes(image, boxes_xyxy, class_ids, class_names, scores))
+    return picture_grid(drawn)

@@ -1,0 +1,163 @@
+"""Find objects in pictures with a trained checkpoint, from Python or for predict.py."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from engine.checkpoint import build_model, read_checkpoint
+from engine.distributed import select_device
+from utils.decode import decode
+from utils.errors import UserError
+from utils.image import read_image
+from utils.letterbox import letterbox, letterbox_to_image
+from utils.nms import non_max_suppression
+
+Picture = str | PathLike | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Objects of one picture, by falling score.
+
+    boxes_xyxy: float32 (n, 4), pixels of the original picture, clipped to it. scores: float32
+    (n,). class_ids: int64 (n,), indices into class_names, which holds all names.
+    """
+
+    boxes_xyxy: np.ndarray
+    scores: np.ndarray
+    class_ids: np.ndarray
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class Predictor:
+    """A detector from a checkpoint: `Predictor("best.pt")("street.jpg").boxes_xyxy`.
+
+    device: "cpu", "cuda", "cuda:1"; None takes CUDA when it is there. conf_threshold: lowest score
+    kept; None takes the checkpoint's own, which had the best F1 in validation. max_score: the
+    highest score that the last call saw, below the threshold or not; None before any picture.
+    Raises UserError for weights, device or thresholds that cannot be used.
+    """
+
+    def __init__(
+        self,
+        weights: str | PathLike,
+        *,
+        device: str | torch.device | None = None,
+        conf_threshold: float | None = None,
+        nms_iou: float = 0.45,
+    ):
+        self.device = select_device(str(device or ""))
+        checkpoint = read_checkpoint(weights)
+        if conf_threshold is None:
+            conf_threshold = checkpoint["conf_threshold"]
+        self.conf_threshold = _fraction("conf_threshold", conf_threshold)
+        self.nms_iou = _fraction("nms_iou", nms_iou)
+        self.class_names = tuple(checkpoint["class_names"])
+        self.anchors = checkpoint["anchors"]
+        self.input_shape = tuple(checkpoint["input_shape"])
+        self.scale_xy = checkpoint["scale_xy"]
+        self.model = build_model(checkpoint, self.device)
+        self.max_score: float | None = None
+
+    def __call__(
+        self, pictures: Picture | Sequence[Picture], *, batch_size: int = 8
+    ) -> Detections | list[Detections]:
+        """Detect in a picture, or in a list of them, `batch_size` at a time.
+
+        A picture is a path, an RGB uint8 array (H, W, 3), also (H, W) grey or (H, W, 4) with
+        alpha, or a PIL image. A list in gives a list out. Raises UserError for anything else.
+        """
+        self.max_score = None
+        if not isinstance(pictures, list | tuple):
+            return self._detect([pictures])[0]
+        detections: list[Detections] = []
+        for start in range(0, len(pictures), batch_size):
+            detections += self._detect(pictures[start : start + batch_size])
+        return detections
+
+    @torch.inference_mode()
+    def _detect(self, pictures: Sequence[Picture]) -> list[Detections]:
+        images = [to_rgb(picture) for picture in pictures]
+        decoded = decode(
+            self.model(self._to_input(images)), self.anchors, self.input_shape, self.scale_xy
+        )
+        highest = (decoded[..., 4] * decoded[..., 5:].amax(dim=-1)).max().item()
+        self.max_score = highest if self.max_score is None else max(highest, self.max_score)
+        rows = non_max_suppression(decoded, self.conf_threshold, self.nms_iou)
+        return [
+            self._to_detections(found.cpu(), image.shape[:2])
+            for found, image in zip(rows, images, strict=True)
+        ]
+
+    def _to_input(self, images: Sequence[np.ndarray]) -> Tensor:
+        """(B, 3, *input_shape) float RGB in 0..1, channels_last as the model is."""
+        batch = np.stack([letterbox(image, self.input_shape) for image in images])
+        return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
+
+    def _to_detections(self, rows: Tensor, image_hw: tuple[int, int]) -> Detections:
+        boxes = letterbox_to_image(rows[:, :4], self.input_shape, image_hw)
+        return Detections(
+            boxes_xyxy=boxes.numpy(),
+            scores=rows[:, 4].numpy(),
+            class_ids=rows[:, 5].long().numpy(),
+            class_names=self.class_names,
+        )
+
+
+def to_rgb(picture: Picture) -> np.ndarray:
+    """A path, array or PIL image as RGB uint8 (H, W, 3); transparency is laid on white.
+
+    Raises UserError for another type, shape or number format, and for a picture without pixels.
+    """
+    if isinstance(picture, str | PathLike):
+        return read_image(picture)
+    if isinstance(picture, Image.Image):
+        picture = _pil_to_array(picture)
+    if not isinstance(picture, np.ndarray):
+        raise UserError(
+            f"cannot detect in a {type(picture).__name__}: give a path, an RGB uint8 array "
+            "(H, W, 3) or a PIL image, or a list of these."
+        )
+    if picture.dtype != np.uint8:
+        raise UserError(
+            f"a picture array must be uint8 in 0..255, got {picture.dtype}; "
+            "one of floats in 0..1 becomes that by (image * 255).round().astype('uint8')."
+        )
+    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)):
+        raise UserError(f"a picture array must be (H, W, 3), (H, W) or (H, W, 4): {picture.shape}.")
+    if picture.size == 0:
+        raise UserError(f"a picture without pixels: shape {picture.shape}.")
+    return _to_three_channels(picture)
+
+
+def _pil_to_array(picture: Image.Image) -> np.ndarray:
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        raise UserError(
+            f"a PIL image of mode {picture.mode} has no fixed range: "
+            "convert it to 8 bits, or give the path of its file."
+        )
+    upright = ImageOps.exif_transpose(picture)
+    return np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
+
+
+def _to_three_channels(image: np.ndarray) -> np.ndarray:
+    if image.ndim == 2:
+        return np.repeat(image[..., None], 3, axis=2)
+    if image.shape[2] == 3:
+        return image
+    alpha = image[..., 3:] / np.float32(255)
+    return (image[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+
+
+def _fraction(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise UserError(f"{name} is {value}: give a number from 0 to 1.")
+    return float(value)

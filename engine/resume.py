@@ -1,0 +1,84 @@
+"""The flags of a run, and of one that goes on: what it was started with, and what may change."""
+
+import argparse
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from engine.checkpoint import read_checkpoint
+from utils.errors import UserError
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    kind: type[Config], *, description: str, changeable: Collection[str]
+) -> tuple[Config, dict[str, Any] | None]:
+    """The flags as a Config, and with --resume the checkpoint, whose config is the default.
+
+    changeable: the knobs that a resumed run may be given anew.
+    Raises UserError for a checkpoint that cannot be resumed and for knobs that cannot change.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", default="")
+    found = finder.parse_known_args()[0].resume
+    if not found:
+        return tyro.cli(kind, description=description), None
+    path = Path(found) / "last.pt" if Path(found).is_dir() else Path(found)
+    checkpoint = read_checkpoint(path, for_resume=True)
+    stored = stored_config(kind, checkpoint["config"])
+    config = tyro.cli(kind, default=default_for_resume(stored, path), description=description)
+    check_resumed(config, stored, changeable)
+    return dataclasses.replace(config, weights=stored.weights, resume=str(path)), checkpoint
+
+
+def stored_config(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A checkpoint's config; knobs that this version does not know are dropped."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    pairs = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return kind(**{key: value for key, value in pairs.items() if key in known})
+
+
+def default_for_resume(stored: Config, path: Path) -> Config:
+    """What the flags of a resumed run change.
+
+    A loss of the form module:Class is left out: it runs code of the user's, and a file that came
+    from somewhere must not choose what is run.
+    """
+    conf_loss = "" if ":" in stored.conf_loss else stored.conf_loss
+    new = {"weights": "", "save_dir": "", "device": "", "resume": str(path)}
+    return dataclasses.replace(stored, conf_loss=conf_loss, **new)
+
+
+def check_resumed(config: Config, stored: Config, changeable: Collection[str]) -> None:
+    """Refuse what cannot change in a run that goes on."""
+    if config.weights:
+        raise UserError("--resume goes on with the run's own weights; leave --weights out.")
+    if ":" in stored.conf_loss and not config.conf_loss:
+        raise UserError(
+            f"this run's confidence loss is {stored.conf_loss!r}, code of yours that is run only "
+            f'when asked for: add --conf_loss "{stored.conf_loss}".'
+        )
+    names = [field.name for field in dataclasses.fields(config)]
+    fixed = [name for name in names if name not in (*changeable, "weights")]
+    changed = [name for name in fixed if getattr(config, name) != getattr(stored, name)]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"--resume cannot change {', '.join(changed)} ({name} was {getattr(stored, name)!r}). "
+            "Leave it out, or start a new run from these --weights."
+        )
+
+
+def check_same_classes(
+    class_names: Sequence[str], classes_path: str, checkpoint: Mapping[str, Any] | None
+) -> None:
+    """A run that goes on keeps its classes."""
+    if checkpoint is not None and list(class_names) != list(checkpoint["class_names"]):
+        raise UserError(
+            f"{classes_path} holds {', '.join(class_names)}, but the resumed run learns "
+            f"{', '.join(checkpoint['class_names'])}. Give its own file with --classes_path."
+        )

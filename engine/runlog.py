@@ -1,0 +1,128 @@
+"""A run's folder: config.json, metrics.csv, TensorBoard events, curves and pictures."""
+
+import csv
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.errors import UserError
+from utils.plots import plot_losses, plot_map
+
+COLUMNS = (
+    *("epoch", "step", "lr", "loss", "loc", "conf", "cls"),
+    *("val_loss", "val_ap50", "val_ap", "val_ap75", "val_loc", "val_conf", "val_cls"),
+    *("conf_threshold", "f1", "positives", "ignored", "conf_positive_share"),
+    *("grad_norm", "skipped_steps", "pictures_per_second", "memory_gb", "seconds"),
+)
+
+
+def new_run_folder(save_dir: str, prefix: str = "logs") -> Path:
+    """Make the folder of a run: `save_dir` itself, which must be empty, or prefix/<time>.
+
+    Raises UserError if it holds anything or cannot be made.
+    """
+    if save_dir:
+        folder = Path(save_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(
+                f"{folder} is not an empty folder. Give another --save_dir, empty it, or go on "
+                f"with --resume {folder}."
+            )
+        return _make(folder, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in range(100):
+        folder = Path(prefix) / (f"{stamp}-{number}" if number else stamp)
+        if not folder.exists():
+            return _make(folder, exist_ok=False)
+    raise UserError(f"{prefix} already holds 100 runs of this second. Give --save_dir.")
+
+
+def _make(folder: Path, *, exist_ok: bool) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=exist_ok)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot make the folder ({error}).") from None
+    return folder
+
+
+class RunLog:
+    """Writes what a run measures. One row an epoch in metrics.csv, the same in TensorBoard.
+
+    On a resume the rows after `last_epoch` are dropped: they are about to be written again.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], last_epoch: int = 0):
+        self.folder = folder
+        text = json.dumps(dict(config), indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        self.rows = read_metrics(folder / "metrics.csv", last_epoch)
+        self._rewrite()
+        self.tensorboard = SummaryWriter(str(folder), purge_step=None)
+
+    def _rewrite(self) -> None:
+        with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def epoch(self, row: Mapping[str, Any]) -> str:
+        """Append an epoch's row and redraw the curves. Returns the row as a line to print."""
+        text = {key: _format(row.get(key)) for key in COLUMNS}
+        self.rows.append(text)
+        with open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerow(text)
+        for key, value in row.items():
+            if key not in ("epoch", "step") and value is not None and math.isfinite(value):
+                group = "val" if key.startswith("val_") else "train"
+                self.tensorboard.add_scalar(f"{group}/{key}", value, row["step"])
+        self.tensorboard.flush()
+        plot_losses(self.folder / "loss.png", self.rows)
+        plot_map(self.folder / "map.png", self.rows)
+        return describe(row)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Write an RGB picture as NAME.jpg and to TensorBoard."""
+        Image.fromarray(image).save(self.folder / f"{name}.jpg", quality=90)
+        self.tensorboard.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush TensorBoard's events."""
+        self.tensorboard.close()
+
+
+def read_metrics(path: Path, last_epoch: int) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv up to an epoch; a row cut off by a crash is dropped."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [
+        {key: row.get(key, "") for key in COLUMNS}
+        for row in rows
+        if row["epoch"].isdigit() and int(row["epoch"]) <= last_epoch
+    ]
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """One printed line for an epoch."""
+    terms = " ".join(f"{name} {row[name]:.4f}" for name in ("loc", "conf", "cls"))
+    line = f"epoch {row['epoch']:3d}  loss {row['loss']:.4f} ({terms})"
+    line += f"  val {row['val_loss']:.4f}  lr {row['lr']:.2e}"
+    line += f"  {row['pictures_per_second']:.1f} pictures/s"
+    if "val_ap50" in row:
+        line += f"  AP50 {row['val_ap50']:.4f}  AP {row['val_ap']:.4f}"
+        line += f"  best F1 {row['f1']:.3f} at {row['conf_threshold']:.3f}"
+    return line
+
+
+def _format(value: Any) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int | str) else f"{value:.6g}"

@@ -1,0 +1,105 @@
+"""One optimisation step. Nothing in it waits for the device."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.distributed import world_size
+from engine.figures import HostFigures
+from engine.guard import BatchNormRollback
+from engine.optimizer import Ema
+
+
+class TrainStep:
+    """Forward, loss, backward, guard, clipping, optimizer and EMA for one batch.
+
+    amp_dtype None means full precision; float16 brings a gradient scaler. clip_norm 0 clips
+    nothing. A batch with a non-finite loss or gradient changes neither weights, optimizer nor
+    BN statistics. `network` is what runs the forward: the model, or DDP around it.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema | None,
+        device: torch.device,
+        amp_dtype: torch.dtype | None,
+        clip_norm: float,
+    ):
+        self.model, self.network, self.loss = model, model, loss
+        self.optimizer, self.ema, self.device = optimizer, ema, device
+        self.amp_dtype, self.clip_norm = amp_dtype, clip_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+        self.rollback = BatchNormRollback(model)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(
+        self, images: Tensor, targets: Tensor, *, group_size: int = 1, update: bool = True
+    ) -> HostFigures:
+        """Learn from uint8 (B, 3, H, W) pictures and (N, 6) targets.
+
+        group_size: over how many batches the gradient is accumulated; `update` at the last.
+        """
+        self.rollback.snapshot()
+        terms = self._backward(images, targets, group_size)
+        finite = on_every_rank(terms["total"].detach().isfinite())
+        self.rollback.restore_unless(finite)
+        self.finite = self.finite & finite
+        norm = self._update() if update else torch.zeros_like(terms["total"])
+        figures = HostFigures(dict(terms, grad_norm=norm, finite=self.finite))
+        if update:
+            self.finite = torch.ones_like(self.finite)
+        return figures
+
+    def rehearse(self, images: Tensor, targets: Tensor) -> None:
+        """A step's forward and backward that leave no trace, to learn whether memory suffices."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        loss_state = copy.deepcopy(self.loss.state_dict())
+        self._backward(images, targets, 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.load_state_dict(loss_state)
+        for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+
+    def _backward(self, images: Tensor, targets: Tensor, group_size: int) -> dict[str, Tensor]:
+        images = to_input(images, self.device)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            outputs = self.network(images)
+        terms = self.loss(outputs, targets.to(self.device, non_blocking=True))
+        self.scaler.scale(terms["total"] / group_size).backward()
+        return terms
+
+    def _update(self) -> Tensor:
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or float("inf"))
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)  # skips on overflow, and that is no fault
+            self.scaler.update()
+        else:
+            self.finite = self.finite & norm.isfinite()
+            self.optimizer.found_inf = (~self.finite).float()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return norm
+
+
+def to_input(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, 3, H, W) on the host -> float32 0..1 on the device, channels_last."""
+    images = images.to(device, non_blocking=True)
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def on_every_rank(flag: Tensor) -> Tensor:
+    """A bool scalar that is true where it is true on all ranks."""
+    if world_size() == 1:
+        return flag
+    flag = flag.float()
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return flag > 0

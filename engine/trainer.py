@@ -1,0 +1,339 @@
+"""The training loop: phases, epochs, evaluation, checkpoints. It receives model and loss."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from engine.checkpoint import cpu_copy, random_states, restore_random_states, save_checkpoint
+from engine.distributed import is_main, rank, world_size
+from engine.evaluator import Evaluation, evaluate, validation_loss
+from engine.figures import SHARES, TERMS, EpochFigures, memory_gb
+from engine.guard import NonFiniteGuard
+from engine.optimizer import Ema, build_optimizer, learning_rate
+from engine.pictures import batch_picture, detections_picture
+from engine.recipe import Phase, Recipe
+from engine.runlog import RunLog
+from engine.step import TrainStep
+from engine.stop import stop_on_signal
+from utils.dataset import VocDataset, collate, limit_worker_threads
+from utils.errors import UserError
+from utils.sampler import EpochBatchSampler
+from utils.voc import Sample
+
+SAVE_SECONDS = 300  # last.pt is never older than this
+
+
+class Trainer:
+    """Trains a model with a loss on a data set and keeps the run's folder.
+
+    facts: what a checkpoint says of network and data (DESIGN, Checkpoint). log: None on ranks
+    that write nothing. resume: a checkpoint with training state, whose run goes on where it stood.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        loss: nn.Module,
+        train_set: VocDataset,
+        val_samples: Sequence[Sample],
+        recipe: Recipe,
+        facts: Mapping[str, Any],
+        device: torch.device,
+        log: RunLog | None = None,
+        resume: Mapping[str, Any] | None = None,
+    ):
+        self.model, self.loss, self.device = model, loss, device
+        self.train_set, self.val_samples = train_set, val_samples
+        self.recipe, self.facts, self.log = recipe, facts, log
+        self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.optimizer = build_optimizer(
+            recipe.optimizer, model, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        )
+        self.step = TrainStep(
+            model=model,
+            loss=loss,
+            optimizer=self.optimizer,
+            ema=self.ema,
+            device=device,
+            amp_dtype=recipe.amp_dtype,
+            clip_norm=recipe.clip_norm,
+        )
+        self.guard = NonFiniteGuard()
+        self.figures = EpochFigures(self.guard)
+        self.epoch = self.epoch_step = self.global_step = 0  # finished ones
+        self.metrics: dict[str, Any] = {"best_AP50": -1.0}
+        self.conf_threshold = 0.5  # until an evaluation has measured one
+        self.stop_requested = False
+        self.last_save = time.monotonic()
+        if resume is not None:
+            self._restore(resume)
+
+    def fit(self) -> bool:
+        """Train to the last epoch. False when SIGINT or SIGTERM asked to stop before it.
+
+        Raises UserError when memory runs out or only non-finite steps come.
+        """
+        try:
+            self._rehearse_unfrozen_step()
+            with stop_on_signal(self._request_stop):
+                for phase in self.recipe.phases:
+                    if self.epoch < phase.last_epoch and not self.stop_requested:
+                        self._run_phase(phase)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "the GPU's memory is not enough: halve --batch_size (double --accumulate keeps "
+                f"the update) or lower --input_shape. {error}"
+            ) from None
+        return self.epoch == self.recipe.epochs
+
+    def _request_stop(self) -> None:
+        self.stop_requested = True
+
+    def _rehearse_unfrozen_step(self) -> None:
+        """Out of memory when the backbone unfreezes must come now, not after hours."""
+        phase = self.recipe.phases[-1]
+        if phase.frozen or not self.recipe.phases[0].frozen or self.epoch >= phase.last_epoch:
+            return
+        states = random_states()
+        self._freeze(False)
+        shape = (phase.batch_size, 3, *self.facts["input_shape"])
+        box = torch.tensor([[0, 0, 0.5, 0.5, 0.2, 0.2]])
+        self.step.rehearse(torch.zeros(shape, dtype=torch.uint8), box)
+        restore_random_states(states)
+
+    def _run_phase(self, phase: Phase) -> None:
+        self._freeze(phase.frozen)
+        if world_size() > 1:
+            self.step.network = DistributedDataParallel(self.model)
+        sampler = EpochBatchSampler(
+            len(self.train_set),
+            phase.batch_size,
+            seed=self.recipe.seed,
+            rank=rank(),
+            world_size=world_size(),
+        )
+        loader = DataLoader(
+            self.train_set,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.recipe.num_workers,
+            worker_init_fn=limit_worker_threads,
+            persistent_workers=self.recipe.num_workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+        while self.epoch < phase.last_epoch and not self.stop_requested:
+            self._run_epoch(phase, sampler, loader)
+        self.step.network = self.model
+
+    def _freeze(self, frozen: bool) -> None:
+        """A frozen backbone takes no gradient and, in eval mode, keeps its BN statistics."""
+        self.model.train()
+        self.loss.train()
+        self.model.backbone.requires_grad_(not frozen).train(not frozen)
+
+    def _run_epoch(self, phase: Phase, sampler: EpochBatchSampler, loader: DataLoader) -> None:
+        self._freeze(phase.frozen)
+        strong = self.epoch < self.recipe.strong_share * self.recipe.epochs
+        self.train_set.set_epoch(self.epoch, strong=strong)
+        sampler.set_epoch(self.epoch, self.epoch_step)
+        with self._progress_bar(len(sampler)) as bar:
+            for (images, targets), indices in zip(loader, list(sampler), strict=True):
+                self._run_step(images, targets, indices, steps=len(sampler), phase=phase)
+                self._show(bar)
+                if self._save_between_steps(len(sampler)):
+                    return
+        self._say(self.figures.flush())
+        self.epoch, self.epoch_step = self.epoch + 1, 0
+        self._end_epoch()
+
+    def _run_step(
+        self, images: Tensor, targets: Tensor, indices: list[int], *, steps: int, phase: Phase
+    ) -> None:
+        """One batch: set the learning rate, learn, take in the figures of the step before."""
+        if self.global_step == 0 and self.log is not None:
+            picture = batch_picture(images, targets, self.facts["class_names"])
+            self.log.picture("train_batch", picture, self.global_step)
+        self._set_lr(self.epoch + self.epoch_step / steps, phase)
+        first = self.epoch_step - self.epoch_step % self.recipe.accumulate
+        group_size = min(self.recipe.accumulate, steps - first)
+        update = self.epoch_step + 1 == first + group_size
+        figures = self.step(images, targets, group_size=group_size, update=update)
+        self.epoch_step += 1
+        self.global_step += 1
+        paths = [self.train_set.samples[index].image_path for index in indices]
+        self._say(self.figures.push(figures, paths))
+
+    def _set_lr(self, progress: float, phase: Phase) -> None:
+        initial, minimal = self.recipe.rates(phase)
+        lr = learning_rate(
+            progress,
+            epochs=self.recipe.epochs,
+            schedule=self.recipe.schedule,
+            initial=initial,
+            minimal=minimal,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _save_between_steps(self, steps: int) -> bool:
+        """Save last.pt in mid-epoch when it is due or a stop is asked for. True means stop."""
+        whole_group = self.epoch_step % self.recipe.accumulate == 0
+        due = self.stop_requested or time.monotonic() - self.last_save > SAVE_SECONDS
+        if not (due and whole_group) or self.epoch_step == steps:
+            return False
+        self._say(self.figures.flush())
+        self._save_last()
+        return self.stop_requested
+
+    def _end_epoch(self) -> None:
+        """Measure, log and save what the finished epoch has reached."""
+        last = self.epoch == self.recipe.epochs
+        evaluation, losses = None, {}
+        if self.epoch % self.recipe.eval_period == 0 or last:
+            evaluation = evaluate(self._weights(), **self._evaluation_arguments(), **self._boxes())
+            losses = evaluation.losses
+        else:
+            losses = validation_loss(self._weights(), **self._evaluation_arguments())
+        if self.log is not None:
+            self._say(self.log.epoch(self._row(evaluation, losses)))
+        if evaluation is not None:
+            self._keep_best(evaluation)
+        self.figures = EpochFigures(self.guard)
+        if self.epoch % self.recipe.save_period == 0 or last or self.stop_requested:
+            self._save_last()
+
+    def _keep_best(self, evaluation: Evaluation) -> None:
+        self.conf_threshold = evaluation.conf_threshold
+        best = max(self.metrics["best_AP50"], -1.0)
+        names = ("AP50", "AP50_11point", "AP", "AP75", "f1", "precision", "recall")
+        self.metrics = {name: float(getattr(evaluation, name)) for name in names}
+        self.metrics |= {"per_class": dict(evaluation.per_class), "best_AP50": best}
+        if self.log is None:
+            return
+        picture = detections_picture(
+            self.val_samples,
+            evaluation.detections,
+            self.facts["class_names"],
+            self.conf_threshold,
+        )
+        self.log.picture("val_detections", picture, self.global_step)
+        if not self.metrics["AP50"] <= best:  # NaN, without any ground truth, counts as better
+            self.metrics["best_AP50"] = self.metrics["AP50"]
+            save_checkpoint(self.log.folder / "best.pt", self._checkpoint())
+
+    def _weights(self) -> nn.Module:
+        """What a checkpoint carries as its model: the EMA where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def _evaluation_arguments(self) -> dict[str, Any]:
+        return {
+            "samples": self.val_samples,
+            "loss": self.loss,
+            "input_shape": self.facts["input_shape"],
+            "device": self.device,
+            "batch_size": self.recipe.phases[-1].batch_size,
+            "num_workers": self.recipe.num_workers,
+            "amp_dtype": self.recipe.amp_dtype,
+            "progress": is_main(),
+        }
+
+    def _boxes(self) -> dict[str, Any]:
+        return {name: self.facts[name] for name in ("class_names", "anchors", "scale_xy")}
+
+    def _row(self, evaluation: Evaluation | None, losses: Mapping[str, float]) -> dict[str, Any]:
+        """A line of metrics.csv."""
+        mean = self.figures.mean
+        row = {"epoch": self.epoch, "step": self.global_step, "loss": mean("total")}
+        row |= {name: mean(name) for name in ("loc", "conf", "cls", *SHARES, "grad_norm")}
+        row |= {f"val_{name}": losses[name] for name in ("loc", "conf", "cls")}
+        row |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "val_loss": losses["total"],
+            "skipped_steps": self.guard.skipped,
+            "pictures_per_second": self.figures.pictures_per_second() * world_size(),
+            "memory_gb": memory_gb(self.device),
+            "seconds": self.figures.state["seconds"],
+        }
+        if evaluation is not None:
+            row |= {"val_ap50": evaluation.AP50, "val_ap": evaluation.AP}
+            row |= {"val_ap75": evaluation.AP75, "conf_threshold": evaluation.conf_threshold}
+            row["f1"] = evaluation.f1
+        return row
+
+    def _checkpoint(self) -> dict[str, Any]:
+        return {
+            **self.facts,
+            "model": cpu_copy(self._weights().state_dict()),
+            "conf_threshold": float(self.conf_threshold),
+            "epoch": self.epoch,
+            "metrics": self.metrics,
+        }
+
+    def _save_last(self) -> None:
+        self.last_save = time.monotonic()
+        if self.log is None:
+            return
+        state = {
+            "raw_model": cpu_copy(self.model.state_dict()),
+            "ema": {"updates": self.ema.updates if self.ema is not None else 0},
+            "optimizer": cpu_copy(self.optimizer.state_dict()),
+            "scaler": self.step.scaler.state_dict(),
+            "schedule": {
+                "epoch_step": self.epoch_step,
+                "figures": dict(self.figures.state),
+                "skipped_steps": self.guard.skipped,
+            },
+            "loss": cpu_copy(self.loss.state_dict()),
+            "random": random_states(),
+            "step": self.global_step,
+        }
+        save_checkpoint(self.log.folder / "last.pt", self._checkpoint() | state)
+
+    def _restore(self, checkpoint: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(checkpoint["raw_model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint["model"])
+            self.ema.updates = checkpoint["ema"]["updates"]
+            self.ema.n_averaged.fill_(self.ema.updates)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.step.scaler.load_state_dict(checkpoint["scaler"])
+        self.loss.load_state_dict(checkpoint["loss"])
+        schedule = checkpoint["schedule"]
+        self.epoch, self.global_step = checkpoint["epoch"], checkpoint["step"]
+        self.epoch_step = schedule["epoch_step"]
+        self.figures.state.update(schedule["figures"])
+        self.guard.skipped = schedule["skipped_steps"]
+        self.metrics, self.conf_threshold = checkpoint["metrics"], checkpoint["conf_threshold"]
+        restore_random_states(checkpoint["random"])
+
+    def _progress_bar(self, steps: int) -> tqdm:
+        return tqdm(
+            total=steps,
+            initial=self.epoch_step,
+            desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
+            leave=False,
+            disable=not is_main(),
+        )
+
+    def _show(self, bar: tqdm) -> None:
+        """Advance the bar; its figures are those of the step before."""
+        terms = " ".join(f"{name} {self.figures.mean(name):.3f}" for name in TERMS)
+        lr = self.optimizer.param_groups[0]["lr"]
+        speed = self.figures.pictures_per_second() * world_size()
+        memory = memory_gb(self.device)
+        bar.set_postfix_str(
+            f"{terms} lr {lr:.2e} {speed:.1f} pictures/s {memory:.1f} GB", refresh=False
+        )
+        bar.update()
+
+    @staticmethod
+    def _say(message: str) -> None:
+        if message and is_main():
+            tqdm.write(message)

@@ -1,0 +1,89 @@
+"""Average precision of a trained detector: python evaluate.py --weights logs/RUN/best.pt"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import tyro
+
+from engine.checkpoint import build_model, read_checkpoint
+from engine.distributed import select_device
+from engine.evaluator import Evaluation, evaluate, format_table
+from utils.errors import UserError, run_script
+from utils.plots import plot_precision_recall
+from utils.voc import scan_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Edit here. Every line is also a flag; its comment is the flag's help.
+    weights: str = ""  # best.pt or last.pt of a run
+    data: str = "VOCdevkit/VOC2007:test"  # split to evaluate on, ROOT:SPLIT, several joined by +
+    save_dir: str = ""  # folder for the results; empty: logs/evaluate-<time>
+    device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
+    batch_size: int = 8  # pictures at a time; halve it on "out of memory"
+    num_workers: int = 2  # processes that read pictures; 0 reads them in this one
+    skip_bad: bool = False  # go on without broken pictures and annotations
+    include_difficult: bool = False  # count `difficult` objects; VOC leaves them out
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if not config.weights:
+        raise UserError(
+            "No weights given. Use --weights logs/RUN/best.pt, a file of your training."
+        )
+    device = select_device(config.device)
+    checkpoint = read_checkpoint(config.weights)
+    model = build_model(checkpoint, device)
+    folder = Path(config.save_dir or time.strftime("logs/evaluate-%Y%m%d-%H%M%S"))
+
+    samples, report = scan_split(
+        config.data,
+        checkpoint["class_names"],
+        skip_bad=config.skip_bad,
+        include_difficult=config.include_difficult,
+        split_dir=folder,
+        classes_path=config.weights,
+        progress=True,
+    )
+    print(report)
+    make_folder(folder)
+
+    evaluation = evaluate(
+        model,
+        samples,
+        class_names=checkpoint["class_names"],
+        anchors=checkpoint["anchors"],
+        input_shape=tuple(checkpoint["input_shape"]),
+        scale_xy=checkpoint["scale_xy"],
+        device=device,
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+    )
+    print(format_table(evaluation))
+    print(f"{evaluation.pictures_per_second:.1f} pictures/s, reading included, on {device}")
+    write_results(folder, evaluation, config)
+    print(f"wrote {folder / 'evaluation.json'} and {folder / 'precision_recall.png'}")
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder for the results before the work that they cost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_dir {folder}: cannot make the folder ({error}).") from None
+
+
+def write_results(folder: Path, evaluation: Evaluation, config: Config) -> None:
+    """evaluation.json and precision_recall.png; those of an earlier evaluation are replaced."""
+    results = {**evaluation.to_json(), "config": dataclasses.asdict(config)}
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    path = folder / "precision_recall.png"
+    plot_precision_recall(path, evaluation.curves, evaluation.per_class)
+
+
+if __name__ == "__main__":
+    run_script(main)

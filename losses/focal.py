@@ -1,0 +1,95 @@
+"""Sigmoid focal loss (Lin et al. 2017), as a function and as a module, for any detector."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from utils.errors import UserError
+
+REDUCTIONS = {"none": lambda losses: losses, "sum": torch.sum, "mean": lambda x: _mean(x)}
+
+
+def _mean(losses: Tensor) -> Tensor:
+    """The mean, and a differentiable 0 for no elements, where torch's mean would be NaN."""
+    return losses.sum() / max(1, losses.numel())
+
+
+def check_focal_arguments(alpha: float, gamma: float) -> None:
+    """Raises UserError unless alpha is in 0..1 or -1 (no weighting), and gamma is 0 or more."""
+    if not (0 <= alpha <= 1 or alpha == -1):
+        raise UserError(
+            f"focal alpha is {alpha}. It weights positives by alpha and negatives by 1 - alpha: "
+            "give 0 to 1, or -1 for no weighting."
+        )
+    if not 0 <= gamma < math.inf:
+        raise UserError(f"focal gamma is {gamma}. Give 0 (no focus) or more; 2 is usual.")
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise UserError(f"reduction {reduction!r} is unknown. Allowed: {', '.join(REDUCTIONS)}.")
+
+
+def sigmoid_focal_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Tensor:
+    """alpha_t |y - p|^gamma BCE; gradients flow through the modulating factor too.
+
+    logits, targets: one shape, any. Targets are 0 for negatives and in (0, 1] for positives; for
+    0/1 targets it equals torchvision.ops.sigmoid_focal_loss. alpha -1 leaves alpha_t out.
+    Half-precision logits are computed, and returned, in float32. Returns losses of the same
+    shape, or a scalar (reduction "mean" or "sum"). Raises UserError for a bad argument.
+    """
+    check_focal_arguments(alpha, gamma)
+    _check_reduction(reduction)
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    targets = targets.to(logits.dtype)
+    difficulty = (targets - logits.sigmoid()).abs()
+    if 0 < gamma < 1:  # 0 ** gamma has no finite gradient
+        difficulty = difficulty.clamp(min=torch.finfo(difficulty.dtype).eps)
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    losses = difficulty**gamma * bce
+    if alpha >= 0:
+        losses = torch.where(targets > 0, alpha * losses, (1 - alpha) * losses)
+    return REDUCTIONS[reduction](losses)
+
+
+class SigmoidFocalClassificationLoss(nn.Module):
+    """Focal loss over independent classes, each a sigmoid: for the head of any detector.
+
+    reduction: "none", "mean" (over all elements) or "sum".
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "mean"):
+        super().__init__()
+        check_focal_arguments(alpha, gamma)
+        _check_reduction(reduction)
+        self.gamma, self.alpha, self.reduction = gamma, alpha, reduction
+
+    def forward(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """logits: (..., C). targets: 0/1 of the same shape, or class indices (...,).
+
+        An index outside 0..C-1 is background: a negative for every class. weights: (..., C), or
+        (...,) for one a row; they multiply the losses before the reduction.
+        """
+        if targets.ndim == logits.ndim - 1:
+            classes = torch.arange(logits.shape[-1], device=logits.device)
+            targets = targets[..., None] == classes
+        if targets.shape != logits.shape:
+            raise UserError(
+                f"targets of shape {tuple(targets.shape)} do not fit logits of shape "
+                f"{tuple(logits.shape)}. Give 0/1 of that shape, or class indices without its "
+                "last dimension."
+            )
+        losses = sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma)
+        if weights is not None:
+            losses = losses * (weights[..., None] if weights.ndim < logits.ndim else weights)
+        return REDUCTIONS[self.reduction](losses)

@@ -1,0 +1,294 @@
+"""YOLOLoss: boxes to anchor cells, then location + confidence + class."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from losses.assign import ASSIGNERS, Positives, assign, overlaps_truth
+from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
+from losses.confidence import BinaryCrossEntropy, Focal, build_conf_loss, conf_settings
+from utils.boxes import cxcywh_to_xyxy
+from utils.decode import STRIDES, decode_grid_boxes, grid_offsets
+from utils.errors import UserError
+
+LOC_GAIN = 0.05
+MIN_IOU_TARGET = 1e-3  # a positive's target stays above 0, which would make it a negative
+
+
+class Denominators(NamedTuple):
+    """How many a mean is over, at least 1. Under torch.distributed the sums over ranks, divided by
+    their number because DDP averages the gradients: the ranks' mean is the joint batch's loss.
+    """
+
+    positives: Tensor  # (3,) of each scale
+    counted: Tensor  # (3,)
+    all_positives: Tensor  # ()
+
+    @classmethod
+    def of(cls, counts: Tensor) -> "Denominators":
+        """counts: (2, 3) float32, positives and counted cells of this rank's scales."""
+        ranks = 1
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            ranks = dist.get_world_size()
+        positives, counted = counts.clamp(min=1) / ranks
+        return cls(positives, counted, counts[0].sum().clamp(min=1) / ranks)
+
+
+class _PickCells(torch.autograd.Function):
+    """Objectness of every cell and whole cells of the candidates, from one scale's map.
+
+    By plain indexing the backward pass fills two zero maps and adds them; here it fills one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, *index: Tensor) -> tuple[Tensor, Tensor]:
+        """raw: (B, H, W, 3, 5 + C), index: image, row, column, anchor of the cells to take."""
+        ctx.save_for_backward(raw, *index)
+        return raw[..., 4].flatten(1).float(), raw[index].float()
+
+    @staticmethod
+    def backward(ctx: Any, objectness: Tensor, picked: Tensor) -> tuple[Tensor | None, ...]:
+        raw, *index = ctx.saved_tensors
+        gradient = torch.zeros_like(raw)
+        gradient[..., 4] = objectness.view(raw.shape[:-1])
+        gradient.index_put_(tuple(index), picked.to(raw.dtype), accumulate=True)
+        return gradient, *(None for _ in index)
+
+
+class YOLOLoss(nn.Module):
+    """The loss of YOLOv4's three raw maps, in float32; its defaults are the original fork's.
+
+    anchors: nine (w, h) in pixels, small to large. input_shape: (height, width); it only sets
+    the confidence factor 5 H W / 416^2. conf_loss, cls_loss: specs of `build_conf_loss`;
+    focal_loss is shorthand for conf_loss="focal(alpha=..., gamma=...)". anchor_threshold: of the
+    "iou_threshold" assigner. balance: confidence weights at strides 8, 16, 32.
+    Raises UserError for a value that is not allowed.
+    """
+
+    def __init__(
+        self,
+        anchors: Sequence[Sequence[float]],
+        num_classes: int,
+        input_shape: tuple[int, int],
+        *,
+        focal_loss: bool = False,
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        conf_loss: str = "",
+        cls_loss: str = "bce",
+        box_loss: str = "ciou",
+        label_smoothing: float = 0.0,
+        assigner: str = "best_anchor",
+        anchor_threshold: float = 0.213,
+        ignore_threshold: float = 0.5,
+        scale_xy: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        balance: tuple[float, float, float] = (4.0, 1.0, 0.4),
+    ):
+        super().__init__()
+        _check_choice("box_loss", box_loss, BOX_LOSSES)
+        _check_choice("assigner", assigner, ASSIGNERS)
+        _check_range("label_smoothing", label_smoothing, 0, 1)
+        _check_range("anchor_threshold", anchor_threshold, 0, 1)
+        _check_range("ignore_threshold", ignore_threshold, 0, 1)
+        _check_range("num_classes", num_classes, 1, float("inf"))
+        self.num_classes, self.box_loss, self.assigner = num_classes, box_loss, assigner
+        self.label_smoothing, self.anchor_threshold = label_smoothing, anchor_threshold
+        self.ignore_threshold = ignore_threshold
+        self.scale_xy = _three("scale_xy", scale_xy)
+        self.register_buffer("anchors", _anchor_tensor(anchors), persistent=False)
+        self.register_buffer("strides", torch.tensor(STRIDES).float(), persistent=False)
+        self.register_buffer("scales", torch.tensor(self.scale_xy), persistent=False)
+        self.register_buffer("balance", torch.tensor(_three("balance", balance)), persistent=False)
+        self.conf_factor = 5 * input_shape[0] * input_shape[1] / 416**2
+        self.conf_loss = _pick_conf_loss(focal_loss, focal_alpha, focal_gamma, conf_loss)
+        self.conf_settings = conf_settings(self.conf_loss)
+        self.prior_pi = self.conf_settings.prior_pi
+        self.cls_loss = _pick_cls_loss(cls_loss, label_smoothing)
+
+    def forward(self, outputs: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """outputs: three (B, 3 * (5 + C), H/s, W/s) raw maps, targets: (N, 6), on one device.
+
+        Returns float32 scalars: total = loc + conf + cls, each weighted and summed over scales;
+        detached, for logs: positives and ignored (cells of this batch) and, where gradients are
+        taken, conf_positive_share: the positives' share of the confidence term's gradient.
+        Under torch.distributed this is a collective call: the denominators are sums over ranks.
+        """
+        self._check_outputs(outputs)
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            return self._terms(outputs, targets.float())
+
+    def _terms(self, outputs: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
+        positives = assign(
+            targets,
+            self.anchors,
+            grids=[tuple(raw.shape[-2:]) for raw in outputs],
+            batch_size=len(outputs[0]),
+            num_classes=self.num_classes,
+            assigner=self.assigner,
+            threshold=self.anchor_threshold,
+        )
+        images = targets[:, 0].long()
+        objectness, predictions = _pick(maps, images, positives)
+        predicted = self._decode(predictions, positives)
+        counted = positives.mask | ~self._overlapping(maps, images, positives)
+        cells = [raw[0, ..., 0].numel() for raw in maps]
+        counts = torch.stack((positives.chosen.sum((1, 2)), _sum_by_scale(counted, cells)))
+        denominators = Denominators.of(counts.float())
+
+        truths = positives.boxes_grid[:, :, None]
+        loc = self._loc(predicted, truths, positives.chosen, denominators.positives)
+        cls = self._cls(predictions[..., 5:], positives, denominators.positives)
+        target = self._conf_target(predicted, truths, positives)
+        losses = self._conf_losses(objectness, target, counted)
+        conf = self._reduce_conf(_sum_by_scale(losses * counted, cells), denominators)
+        return {
+            "total": loc + conf + cls,
+            "loc": loc,
+            "conf": conf,
+            "cls": cls,
+            "positives": counts[0].sum().float(),
+            "ignored": (~counted).sum().float(),
+            **_positive_share(conf, objectness, positives.mask),
+        }
+
+    def _decode(self, predictions: Tensor, positives: Positives) -> Tensor:
+        """(3, N, A, >=4) raw -> (3, N, A, 4) cx, cy, w, h in cells of the scale."""
+        offsets = torch.stack((positives.columns, positives.rows), dim=-1)[:, :, None]
+        anchors = self.anchors.view(3, 3, 2) / self.strides.view(3, 1, 1)
+        scale = self.scales.view(3, 1, 1, 1)
+        return torch.cat(
+            decode_grid_boxes(predictions, offsets, anchors[:, positives.anchors], scale), dim=-1
+        )
+
+    @torch.no_grad()
+    def _overlapping(self, maps: list[Tensor], images: Tensor, positives: Positives) -> Tensor:
+        """(B, K) bool: boxes that overlap a ground truth of their picture too well to be wrong."""
+        corners = []
+        for scale, raw in enumerate(maps):
+            offsets = grid_offsets(*raw.shape[1:3], raw.device)[:, :, None]
+            anchors = self.anchors[3 * scale : 3 * scale + 3] / STRIDES[scale]
+            logits = raw[..., :4].float()
+            centre, size = decode_grid_boxes(logits, offsets, anchors, self.scale_xy[scale])
+            edges = (centre - size / 2, centre + size / 2)
+            planes = [edge.permute(4, 0, 1, 2, 3).flatten(2) for edge in edges]
+            corners.append(torch.cat(planes) * STRIDES[scale])
+        truths_xyxy = cxcywh_to_xyxy(positives.boxes_grid[0] * STRIDES[0])
+        return overlaps_truth(
+            torch.cat(corners, dim=2), truths_xyxy, images, threshold=self.ignore_threshold
+        )
+
+    def _loc(self, predicted: Tensor, truths: Tensor, chosen: Tensor, positives: Tensor) -> Tensor:
+        """The mean of each scale's positives, summed over scales."""
+        losses = box_loss(self.box_loss, predicted, truths) * chosen
+        return LOC_GAIN * (losses.sum((1, 2)) / positives).sum()
+
+    def _cls(self, logits: Tensor, positives: Positives, count: Tensor) -> Tensor:
+        """The mean over each scale's positives and classes, summed over scales, times C / 80."""
+        target = positives.classes * (1 - self.label_smoothing) + self.label_smoothing / 2
+        losses = self.cls_loss(logits, target).sum(-1) * positives.chosen
+        return conf_settings(self.cls_loss).gain / 80 * (losses.sum((1, 2)) / count).sum()
+
+    def _conf_target(self, predicted: Tensor, truths: Tensor, positives: Positives) -> Tensor:
+        """(B, K): 0 for negatives; 1, or the IoU of the predicted box, for positives."""
+        if not self.conf_settings.wants_iou:
+            return positives.mask.float()
+        iou = paired_iou(predicted.detach(), truths).clamp(MIN_IOU_TARGET, 1)
+        target = iou.new_zeros(positives.mask.numel() + 1)
+        target.scatter_(0, positives.cells.flatten(), iou.flatten())
+        return target[:-1].view_as(positives.mask)
+
+    def _conf_losses(self, objectness: Tensor, target: Tensor, counted: Tensor) -> Tensor:
+        if self.conf_settings.wants_mask:
+            return self.conf_loss(objectness, target, counted)
+        return self.conf_loss(objectness, target)
+
+    def _reduce_conf(self, sums: Tensor, denominators: Denominators) -> Tensor:
+        """(3,) sums of the scales -> the term, by the normalizer that the loss declares."""
+        balanced = self.conf_settings.gain * self.balance * sums
+        if self.conf_settings.normalizer == "positives":
+            return balanced.sum() / denominators.all_positives
+        return self.conf_factor * (balanced / denominators.counted).sum()
+
+    def _check_outputs(self, outputs: Sequence[Tensor]) -> None:
+        channels = 3 * (5 + self.num_classes)
+        shapes = [tuple(raw.shape) for raw in outputs]
+        batch, _, rows, columns = shapes[-1] if shapes and len(shapes[-1]) == 4 else (0, 0, 0, 0)
+        if shapes != [(batch, channels, f * rows, f * columns) for f in (4, 2, 1)]:
+            raise UserError(
+                f"outputs have shapes {shapes}; {self.num_classes} classes need three maps of "
+                f"{channels} channels, strides 8, 16, 32. Give the network the same num_classes."
+            )
+
+
+def _pick(maps: list[Tensor], images: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+    """(B, K) objectness of all cells and (3, N, A, 5 + C) candidates, raw, float32."""
+    picked = [
+        _PickCells.apply(raw, images[:, None], rows[:, None], columns[:, None], positives.anchors)
+        for raw, rows, columns in zip(maps, positives.rows, positives.columns, strict=True)
+    ]
+    objectness, candidates = zip(*picked, strict=True)
+    return torch.cat(objectness, dim=1), torch.stack(candidates)
+
+
+def _sum_by_scale(values: Tensor, cells: list[int]) -> Tensor:
+    """(B, K) -> (3,)."""
+    return torch.stack([part.sum() for part in values.split(cells, dim=1)])
+
+
+def _positive_share(conf: Tensor, objectness: Tensor, positive: Tensor) -> dict[str, Tensor]:
+    """What share of the confidence term's gradient on the logits the positives have."""
+    if not conf.requires_grad:
+        return {}
+    (gradient,) = torch.autograd.grad(conf, objectness, retain_graph=True)
+    size = gradient.abs()
+    share = (size * positive).sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
+    return {"conf_positive_share": share}
+
+
+def _pick_conf_loss(focal: bool, alpha: float, gamma: float, spec: str) -> nn.Module:
+    if focal and spec:
+        raise UserError(
+            f"focal_loss and conf_loss {spec!r} are both given. Drop focal_loss, or write "
+            f'conf_loss="focal(alpha={alpha}, gamma={gamma})" alone.'
+        )
+    return Focal(alpha=alpha, gamma=gamma) if focal else build_conf_loss(spec or "bce")
+
+
+def _pick_cls_loss(spec: str, label_smoothing: float) -> nn.Module:
+    loss = build_conf_loss(spec)
+    if conf_settings(loss).wants_mask:
+        raise UserError(f"cls_loss {spec!r} looks across cells. Use bce or focal.")
+    if label_smoothing and not isinstance(loss, BinaryCrossEntropy):
+        raise UserError(
+            f"label_smoothing {label_smoothing} makes every class of a cell a positive for "
+            f"cls_loss {spec!r}. Use cls_loss bce, or label_smoothing 0."
+        )
+    return loss
+
+
+def _anchor_tensor(anchors: Sequence[Sequence[float]]) -> Tensor:
+    tensor = torch.as_tensor(anchors, dtype=torch.float32)
+    if tensor.shape != (9, 2) or not (tensor > 0).all():
+        raise UserError(f"anchors must be nine (w, h) of positive pixels, given {anchors}.")
+    return tensor
+
+
+def _three(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    if len(values) != 3:
+        raise UserError(f"{name} is {values}. Give three numbers, for strides 8, 16, 32.")
+    return tuple(float(value) for value in values)
+
+
+def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} {value!r} is unknown. Allowed: {', '.join(allowed)}.")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{name} is {value}. Give {low} to {high}.")

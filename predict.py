@@ -1,0 +1,245 @@
+"""Find objects in pictures and videos: python predict.py --weights logs/RUN/best.pt --source S"""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from engine.predictor import Detections, Predictor
+from utils.draw import draw_detections
+from utils.errors import UserError, run_script
+from utils.image import IMAGE_SUFFIXES, read_image
+from utils.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
+
+RECORDS = "detections.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Edit here. Every line is also a flag; its comment is the flag's help.
+    weights: str = ""  # best.pt or last.pt of a run
+    source: str = ""  # a picture, a video file, or a folder of both
+    save_dir: str = ""  # folder for the results; empty: logs/predict-<time>
+    conf_threshold: float | None = None  # lowest score shown; None: the checkpoint's, of best F1
+    nms_iou: float = 0.45  # of two boxes of a class that overlap more, only the better is shown
+    device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
+    batch_size: int = 8  # pictures or frames at a time; halve it on "out of memory"
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if not config.weights:
+        raise UserError(
+            "No weights given. Use --weights logs/RUN/best.pt, a file of your training."
+        )
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size is {config.batch_size}: give 1 or more.")
+    pictures, videos, left_out = find_sources(config.source)
+    predictor = Predictor(
+        config.weights,
+        device=config.device or None,
+        conf_threshold=config.conf_threshold,
+        nms_iou=config.nms_iou,
+    )
+    folder = make_folder(config.save_dir)
+
+    started = time.perf_counter()
+    with Results(folder, [*pictures, *videos]) as results:
+        if left_out:
+            results.notes.append(left_out)
+        predict_pictures(pictures, predictor, results, config.batch_size)
+        for path in videos:
+            predict_video(path, predictor, results, config.batch_size)
+    print(results.summary(predictor, time.perf_counter() - started))
+    if results.failures:
+        raise UserError(
+            f"{len(results.failures)} of {len(pictures) + len(videos)} files could not be done:\n"
+            + "\n".join(f"  {failure}" for failure in results.failures)
+        )
+
+
+def find_sources(source: str) -> tuple[list[Path], list[Path], str]:
+    """The pictures and the videos to work on, sorted, and a sentence on what a folder has besides.
+
+    Of a folder only its own files count, not those of its subfolders.
+    Raises UserError if there is nothing to work on.
+    """
+    path = Path(source)
+    if not source or not path.exists():
+        raise UserError(f"--source {source!r} is not there: give a picture, a video or a folder.")
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    visible = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    pictures = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+    videos = [file for file in visible if file.suffix.lower() in VIDEO_SUFFIXES]
+    if not pictures and not videos:
+        raise UserError(
+            f"--source {source}: no picture ({' '.join(IMAGE_SUFFIXES)}) "
+            f"and no video ({' '.join(VIDEO_SUFFIXES)})."
+        )
+    others = len(files) - len(pictures) - len(videos)
+    return pictures, videos, f"{source}: {others} other files or folders left out" if others else ""
+
+
+def make_folder(save_dir: str) -> Path:
+    """The folder for the results, made before the work that they cost."""
+    folder = Path(save_dir or time.strftime("logs/predict-%Y%m%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_dir {folder}: cannot make the folder ({error}).") from None
+    return folder
+
+
+def predict_pictures(
+    paths: Sequence[Path], predictor: Predictor, results: "Results", batch_size: int
+) -> None:
+    """Detect in pictures and write them with their boxes; unreadable ones become failures."""
+    progress = tqdm(paths, desc="pictures", unit="picture", disable=not paths)
+    for batch in batches(readable(progress, results), batch_size):
+        images = [image for _, image in batch]
+        for (path, image), found in zip(batch, results.detect(predictor, images), strict=True):
+            results.add(path, None, image.shape[:2], found)
+            write_picture(results.free_path(path.name), draw_detections(image, found))
+
+
+def readable(paths: Iterable[Path], results: "Results") -> Iterator[tuple[Path, np.ndarray]]:
+    """Each path with its picture, leaving out and noting those that cannot be read."""
+    for path in paths:
+        try:
+            yield path, read_image(path)
+        except UserError as error:
+            results.failures.append(str(error))
+
+
+def predict_video(path: Path, predictor: Predictor, results: "Results", batch_size: int) -> None:
+    """Detect in every frame and write the video with its boxes; a bad file becomes a failure."""
+    try:
+        video = VideoReader(path)
+        target = results.free_path(f"{path.stem}.mp4")
+        frame = 0
+        with VideoWriter(target, video.fps, video.size_hw) as writer:
+            progress = tqdm(video, desc=path.name, unit="frame", total=video.frame_count or None)
+            for images in batches(progress, batch_size):
+                for image, found in zip(images, results.detect(predictor, images), strict=True):
+                    results.add(path, frame, image.shape[:2], found)
+                    writer.write(draw_detections(image, found))
+                    frame += 1
+        results.notes += video.notes
+    except UserError as error:
+        results.failures.append(str(error))
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def write_picture(path: Path, image_rgb: np.ndarray) -> None:
+    """Write in the format of the suffix; a JPEG at quality 95."""
+    # Encoded in memory: on Windows cv2.imwrite takes no path with other than ASCII letters.
+    _, data = cv2.imencode(path.suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}).") from None
+
+
+class Results:
+    """What is written into the folder, and what is told at the end. A context manager.
+
+    No source is written over, nor any file of a folder that is not an earlier prediction's.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[Path]):
+        self.folder = folder
+        self.notes: list[str] = []
+        self.failures: list[str] = []
+        self.boxes_per_class: Counter[str] = Counter()
+        self.pictures = 0
+        self.max_score = 0.0
+        strangers = [] if (folder / RECORDS).exists() else list(folder.iterdir())
+        inside = [path for path in map(Path.resolve, sources) if path.parent == folder.resolve()]
+        self._taken = {path.name.casefold() for path in (*strangers, *inside)}
+        try:
+            self._records = open(folder / RECORDS, "w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"--save_dir {folder}: cannot be written to ({error}).") from None
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._records.close()
+
+    def free_path(self, name: str) -> Path:
+        """A path in the folder for this name, numbered where it is taken: a.mp4, a-2.mp4, ..."""
+        path, number = Path(name), 1
+        while path.name.casefold() in self._taken:
+            number += 1
+            path = Path(f"{Path(name).stem}-{number}{Path(name).suffix}")
+        self._taken.add(path.name.casefold())
+        return self.folder / path
+
+    def detect(self, predictor: Predictor, images: list[np.ndarray]) -> list[Detections]:
+        """The predictor's answer, with the highest score remembered."""
+        found = predictor(images, batch_size=len(images))
+        self.max_score = max(predictor.max_score, self.max_score)
+        return found
+
+    def add(
+        self, source: Path, frame: int | None, image_hw: tuple[int, int], found: Detections
+    ) -> None:
+        """Write the line of a picture (frame None) or of a video's frame, counted from 0."""
+        rows = zip(
+            found.boxes_xyxy.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True
+        )
+        boxes = [
+            {
+                "box_xyxy": box,
+                "score": score,
+                "class_id": class_id,
+                "class_name": found.class_names[class_id],
+            }
+            for box, score, class_id in rows
+        ]
+        self.pictures += 1
+        self.boxes_per_class.update(box["class_name"] for box in boxes)
+        record = {
+            "source": str(source),
+            "frame": frame,
+            "width": image_hw[1],
+            "height": image_hw[0],
+            "boxes": boxes,
+        }
+        self._records.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def summary(self, predictor: Predictor, seconds: float) -> str:
+        """Boxes per class, speed, place, and whatever was odd."""
+        threshold = f"score >= {predictor.conf_threshold:.4g}"
+        boxes = ", ".join(f"{name} {count}" for name, count in self.boxes_per_class.most_common())
+        lines = [
+            f"{self.boxes_per_class.total()} boxes with {threshold}: {boxes or 'none'}",
+            f"{self.pictures} pictures or frames, {self.pictures / seconds:.1f} a second "
+            f"on {predictor.device}, reading and writing included",
+            f"wrote {self.folder} with {RECORDS}",
+        ]
+        if self.pictures and not boxes:
+            lines[0] = (
+                f"No box has a {threshold}; the highest score seen is {self.max_score:.2g}. "
+                "To see more, lower --conf_threshold."
+            )
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+if __name__ == "__main__":
+    run_script(main)

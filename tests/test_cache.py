@@ -1,0 +1,117 @@
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.factory import add_picture, write_split
+from utils.cache import PictureCache
+from utils.dataset import VocDataset, collate
+from utils.errors import UserError
+from utils.image import read_image
+from utils.voc import read_split
+
+SIZES = [(40, 60), (150, 100), (20, 20), (90, 201)]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Four pictures of noise, a box each; the second and fourth exceed twice an input of 32."""
+    root, rng = tmp_path_factory.mktemp("cache") / "VOC", np.random.default_rng(0)
+    for i, (height, width) in enumerate(SIZES):
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        add_picture(root, str(i), image, [("a", (2, 2, width - 4, height - 3))])
+    write_split(root, "train", [str(i) for i in range(len(SIZES))])
+    return read_split(f"{root}:train", ["a"])
+
+
+def test_pictures_are_kept_whole_or_shrunk_to_fit_the_limit(samples):
+    cache = PictureCache(samples, (64, 64), 10**6)
+    assert len(cache) == 4
+    shapes = [cache.read(i).shape for i in range(4)]
+    assert shapes == [(40, 60, 3), (64, 43, 3), (20, 20, 3), (29, 64, 3)]
+    for i in (0, 2):
+        assert (cache.read(i) == read_image(samples[i].image_path)).all()
+    for i in (1, 3):
+        mean = read_image(samples[i].image_path).mean()
+        assert cache.read(i).mean() == pytest.approx(mean, abs=1)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(-1, 0), (0, 0), (7199, 0), (7200, 1), (15456, 2)])
+def test_what_exceeds_the_budget_comes_from_disk(samples, budget, kept):
+    cache = PictureCache(samples, (64, 64), budget)
+    assert len(cache) == kept
+    for i in range(kept, 4):
+        assert (cache.read(i) == read_image(samples[i].image_path)).all()
+
+
+def test_pictures_in_memory_are_read_from_disk_once(samples, tmp_path):
+    copy = tmp_path / "copy.png"
+    shutil.copy(samples[0].image_path, copy)
+    cache = PictureCache([replace(samples[0], image_path=str(copy))], (64, 64), 10**6)
+    copy.unlink()
+    assert (cache.read(0) == read_image(samples[0].image_path)).all()
+
+
+def test_no_pictures_are_no_error():
+    assert len(PictureCache([], (64, 64), 10**6)) == 0
+
+
+@pytest.mark.parametrize("budget", [0, 10**6])
+def test_a_picture_that_changed_its_size_is_named(samples, budget):
+    wrong = replace(samples[0], image_hw=(60, 40))
+    with pytest.raises(UserError, match=r"0\.png.*\(40, 60\).*\(60, 40\)"):
+        PictureCache([wrong], (64, 64), budget).read(0)
+
+
+def test_the_cache_changes_no_validation_item(samples):
+    plain = VocDataset(samples, (32, 64), train=False)
+    cached = VocDataset(samples, (32, 64), train=False, cache=True)
+    for i in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(plain[i], cached[i], strict=True))
+
+
+def test_the_cache_changes_no_training_item_of_a_picture_within_the_limit(samples):
+    small = [samples[0], samples[2]]
+    plain = VocDataset(small, (32, 32), train=True)
+    cached = VocDataset(small, (32, 32), train=True, cache=True)
+    for epoch in range(5):
+        plain.set_epoch(epoch)
+        cached.set_epoch(epoch)
+        for i in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(plain[i], cached[i], strict=True))
+
+
+def test_boxes_of_shrunk_pictures_shrink_with_them(samples):
+    plain = VocDataset(samples, (32, 32), train=True, mosaic_prob=0)
+    cached = VocDataset(samples, (32, 32), train=True, mosaic_prob=0, cache=True)
+    for epoch in range(5):
+        plain.set_epoch(epoch)
+        cached.set_epoch(epoch)
+        for i in (1, 3):  # rounded to pixels of different sizes: 1.5 of 32 is .047
+            torch.testing.assert_close(plain[i][1], cached[i][1], rtol=0, atol=0.047)
+
+
+def test_cache_gb_bounds_what_is_kept(samples):
+    one_picture = 7200 / 2**30
+    dataset = VocDataset(samples, (32, 32), train=True, cache=True, cache_gb=one_picture)
+    assert len(dataset._pictures) == 1
+
+
+def test_spawned_workers_read_the_cache_and_follow_the_epoch(samples):
+    dataset = VocDataset(samples, (32, 32), train=True, cache=True)
+    loader = DataLoader(
+        dataset,
+        batch_size=4,
+        collate_fn=collate,
+        num_workers=1,
+        persistent_workers=True,
+        multiprocessing_context="spawn",
+    )
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        (found,) = loader
+        expected = collate([dataset[i] for i in range(4)])
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

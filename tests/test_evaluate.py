@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from engine.checkpoint import save_checkpoint
+from nets.yolo import YoloV4
+from tests.factory import add_picture, write_split
+from utils.decode import read_anchors
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ("cat", "dog")
+
+
+def run_evaluate(*flags):
+    """What `python evaluate.py` does: exit status, output and errors."""
+    command = [sys.executable, ROOT / "evaluate.py", "--device", "cpu", "--num_workers", "0"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    model = YoloV4(len(NAMES), width=0.05, depth=0.1)
+    checkpoint = {
+        "model": model.state_dict(),
+        "class_names": NAMES,
+        "anchors": read_anchors(ROOT / "model_data" / "yolo_anchors.txt"),
+        "input_shape": (64, 96),
+        "width": 0.05,
+        "depth": 0.1,
+        "scale_xy": (1.0, 1.0, 1.0),
+        "conf_loss": "bce",
+        "conf_threshold": 0.5,
+        "config": {},
+        "epoch": 1,
+        "metrics": {},
+    }
+    save_checkpoint(path, checkpoint)
+    return path
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "with space"
+    noise = np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        image = noise.integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        add_picture(root, name, image, [("cat", (10, 10, 60, 50)), ("cat", (1, 1, 9, 9), True)])
+    write_split(root, "test", ["a", "b", "c"])
+    return root
+
+
+def test_a_checkpoint_is_evaluated_and_the_results_written(weights, voc, tmp_path):
+    folder = tmp_path / "new" / "results"
+    flags = ["--weights", weights, "--data", f"{voc}:test", "--save_dir", folder]
+    status, output, errors = run_evaluate(*flags, "--batch_size", "2")
+    assert status == 0, errors
+    values = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    assert {"AP50", "AP50_11point", "AP", "AP75", "counts", "thresholds"} <= values.keys()
+    assert values["per_class"].keys() == set(NAMES)
+    assert values["per_class"]["dog"] is None
+    assert values["counts"]["pictures"] == 3
+    assert values["counts"]["ground_truth"] == 3
+    assert values["counts"]["difficult"] == 3
+    assert values["config"]["weights"] == str(weights)
+    assert cv2.imread(str(folder / "precision_recall.png")) is not None
+    for part in ("3 pictures", "cat", "COCO", "NMS IoU 0.45", "pictures/s", str(folder)):
+        assert part in output
+
+
+def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path):
+    flags = ["--weights", weights, "--data", f"{voc}:test", "--save_dir", tmp_path]
+    status, _, errors = run_evaluate(*flags, "--include-difficult")
+    assert status == 0, errors
+    values = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+    assert values["counts"]["ground_truth"] == 6
+    assert values["counts"]["difficult"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--weights"),
+        (["--weights", "nowhere.pt"], "nowhere.pt"),
+        (["--weights", "WEIGHTS", "--data", "VOC:nosplit"], "nosplit"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_message_and_exit_status_2(flags, message, weights, voc):
+    given = {"WEIGHTS": str(weights), "VOC:nosplit": f"{voc}:nosplit"}
+    status, _, errors = run_evaluate(*(given.get(flag, flag) for flag in flags))
+    assert status == 2
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert "Traceback" not in errors

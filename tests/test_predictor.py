@@ -1,0 +1,232 @@
+import dataclasses
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.checkpoint import build_model, read_checkpoint, save_checkpoint
+from engine.predictor import Detections, Predictor, to_rgb
+from nets.yolo import YoloV4
+from utils.decode import decode
+from utils.errors import UserError
+from utils.letterbox import letterbox, letterbox_to_image
+from utils.nms import non_max_suppression
+
+CLASS_NAMES = ["disc", "Möhre", "猫"]
+ANCHORS = [(8, 9), (12, 16), (19, 13), (25, 30), (40, 28), (33, 50), (60, 55), (72, 40), (80, 64)]
+INPUT_SHAPE = (64, 96)
+THRESHOLD = 0.24
+
+
+def write_checkpoint(path, **changes):
+    """A real checkpoint of a tiny untrained network: many boxes with scores around 0.25."""
+    torch.manual_seed(0)
+    checkpoint = {
+        "model": YoloV4(len(CLASS_NAMES), width=0.1, depth=0.1).state_dict(),
+        "class_names": CLASS_NAMES,
+        "anchors": ANCHORS,
+        "input_shape": INPUT_SHAPE,
+        "width": 0.1,
+        "depth": 0.1,
+        "scale_xy": (1.2, 1.1, 1.05),
+        "conf_loss": "bce",
+        "conf_threshold": THRESHOLD,
+        "config": {},
+        "epoch": 0,
+        "metrics": {},
+    }
+    save_checkpoint(path, {**checkpoint, **changes})
+    return path
+
+
+def random_picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def assert_same(one, other):
+    assert one.class_names == other.class_names
+    np.testing.assert_array_equal(one.class_ids, other.class_ids)
+    np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    np.testing.assert_allclose(one.boxes_xyxy, other.boxes_xyxy, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("weights") / "tiny.pt")
+
+
+@pytest.fixture(scope="module")
+def predictor(weights):
+    return Predictor(weights, device="cpu")
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 500), (64, 96), (300, 40), (77, 130)])
+def test_equals_letterbox_network_decode_and_nms_by_hand(weights, predictor, size_hw):
+    image = random_picture(*size_hw)
+    checkpoint = read_checkpoint(weights)
+    model = build_model(checkpoint, "cpu")
+    pixels = torch.from_numpy(letterbox(image, INPUT_SHAPE)).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        decoded = decode(model(pixels), ANCHORS, INPUT_SHAPE, checkpoint["scale_xy"])
+    (rows,) = non_max_suppression(decoded, THRESHOLD, 0.45)
+    boxes = letterbox_to_image(rows[:, :4], INPUT_SHAPE, size_hw)
+    expected = Detections(
+        boxes.numpy(), rows[:, 4].numpy(), rows[:, 5].long().numpy(), tuple(CLASS_NAMES)
+    )
+    detections = predictor(image)
+    assert len(detections) > 10
+    assert_same(detections, expected)
+    assert predictor.max_score == pytest.approx(rows[0, 4].item(), rel=1e-4)
+
+
+def test_types_shapes_order_and_limits_of_the_result(predictor):
+    detections = predictor(random_picture(77, 130))
+    count = len(detections)
+    assert [field.name for field in dataclasses.fields(detections)] == [
+        *("boxes_xyxy", "scores", "class_ids", "class_names")
+    ]
+    assert (detections.boxes_xyxy.dtype, detections.boxes_xyxy.shape) == (np.float32, (count, 4))
+    assert (detections.scores.dtype, detections.scores.shape) == (np.float32, (count,))
+    assert (detections.class_ids.dtype, detections.class_ids.shape) == (np.int64, (count,))
+    assert detections.class_names == tuple(CLASS_NAMES)
+    assert (np.diff(detections.scores) <= 0).all()
+    assert (detections.boxes_xyxy >= 0).all()
+    assert (detections.boxes_xyxy <= (130, 77, 130, 77)).all()
+
+
+def test_nothing_found_gives_empty_arrays_of_the_same_kind_and_the_highest_score(weights):
+    predictor = Predictor(weights, device="cpu", conf_threshold=1.0)
+    detections = predictor(random_picture(20, 30))
+    assert detections.boxes_xyxy.shape == (0, 4)
+    assert (detections.boxes_xyxy.dtype, detections.class_ids.dtype) == (np.float32, np.int64)
+    assert 0.2 < predictor.max_score < 0.5
+
+
+def test_a_list_in_gives_a_list_out_whatever_the_batch_size(predictor):
+    images = [random_picture(40 + 9 * index, 70, index) for index in range(5)]
+    singles = [predictor(image) for image in images]
+    for batch_size in (1, 2, 8):
+        together = predictor(images, batch_size=batch_size)
+        assert isinstance(together, list)
+        for one, other in zip(singles, together, strict=True):
+            assert len(one) == len(other)
+            np.testing.assert_allclose(one.scores, other.scores, rtol=1e-4)
+    assert isinstance(predictor(tuple(images[:1])), list)
+
+
+def test_an_empty_list_gives_an_empty_list(predictor):
+    assert predictor([]) == []
+    assert predictor.max_score is None
+
+
+def test_the_highest_score_is_that_of_all_pictures_of_the_call(predictor):
+    images = [random_picture(64, 96, seed) for seed in range(3)]
+    highest = []
+    for image in images:
+        predictor(image)
+        highest.append(predictor.max_score)
+    assert len(set(highest)) == 3
+    predictor(images, batch_size=1)
+    assert predictor.max_score == pytest.approx(max(highest), rel=1e-5)
+
+
+def test_path_array_and_pil_image_of_one_picture_agree(predictor, tmp_path):
+    image = random_picture(50, 80)
+    path = tmp_path / "Bild ä.png"
+    Image.fromarray(image).save(path)
+    expected = predictor(image)
+    strided = np.ascontiguousarray(image[..., ::-1])[..., ::-1]  # BGR, turned by a view
+    for picture in (path, str(path), Image.fromarray(image), Image.open(path), strided):
+        assert_same(predictor(picture), expected)
+
+
+def test_the_checkpoints_threshold_is_the_default_and_a_given_one_replaces_it(weights):
+    image = random_picture(64, 96)
+    assert Predictor(weights, device="cpu").conf_threshold == THRESHOLD
+    assert Predictor(weights, device="cpu", conf_threshold=0.0).conf_threshold == 0.0
+    assert Predictor(weights, device="cpu")(image).scores.min() >= THRESHOLD
+    assert Predictor(weights, device="cpu", conf_threshold=0.1)(image).scores.min() < THRESHOLD
+
+
+def test_a_higher_nms_iou_keeps_more(weights):
+    counts = [
+        len(Predictor(weights, device="cpu", nms_iou=iou)(random_picture(64, 96)))
+        for iou in (0.1, 0.45, 0.9)
+    ]
+    assert counts == sorted(set(counts))
+
+
+def test_an_exif_turned_pil_image_is_turned_upright():
+    image = random_picture(30, 50)
+    picture = Image.fromarray(image)
+    picture.getexif()[0x0112] = 6
+    assert np.array_equal(to_rgb(picture), np.rot90(image, -1))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA"])
+def test_every_8_bit_pil_mode_becomes_rgb(mode):
+    image = to_rgb(Image.new("RGB", (6, 5), (200, 200, 200)).convert(mode))
+    assert (image.shape, image.dtype) == ((5, 6, 3), np.uint8)
+    if mode not in ("1", "P"):
+        assert abs(image.astype(int) - 200).max() <= 1
+
+
+def test_grey_and_transparent_arrays_become_rgb_on_white():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert np.array_equal(to_rgb(grey), np.stack([grey] * 3, axis=2))
+    alpha = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], np.uint8)
+    assert to_rgb(alpha).tolist() == [[[10, 20, 30], [255, 255, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "must be uint8"),
+        (np.zeros((4, 4, 3), bool), "must be uint8"),
+        (np.zeros((3, 4, 5), np.uint8), r"\(H, W, 3\)"),
+        (np.zeros(4, np.uint8), r"\(H, W, 3\)"),
+        (np.zeros((1, 4, 4, 3), np.uint8), r"\(H, W, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "without pixels"),
+        (np.zeros((4, 0), np.uint8), "without pixels"),
+        (Image.new("I;16", (4, 4)), "8 bits"),
+        (torch.zeros(3, 4, 4), "Tensor"),
+        (None, "NoneType"),
+        ("nowhere.jpg", "nowhere.jpg"),
+    ],
+)
+def test_what_is_no_picture_is_refused_with_what_is_allowed(predictor, picture, message):
+    with pytest.raises(UserError, match=message):
+        predictor(picture)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"conf_threshold": 1.1}, "conf_threshold is 1.1"),
+        ({"conf_threshold": float("nan")}, "conf_threshold is nan"),
+        ({"nms_iou": -0.1}, "nms_iou is -0.1"),
+        ({"device": "abacus"}, "abacus"),
+    ],
+)
+def test_bad_arguments_are_refused(weights, arguments, message):
+    with pytest.raises(UserError, match=message):
+        Predictor(weights, **{"device": "cpu", **arguments})
+
+
+def test_missing_and_foreign_weights_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.pt"):
+        Predictor(tmp_path / "nowhere.pt", device="cpu")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.pt"):
+        Predictor(tmp_path / "text.pt", device="cpu")
+
+
+def test_a_picture_far_larger_than_the_input_is_antialiased(predictor):
+    """One-pixel stripes become grey; without antialiasing they would alias to bars."""
+    stripes = np.zeros((640, 960, 3), np.uint8)
+    stripes[:, ::2] = 255
+    grey = cv2.resize(stripes, (96, 64), interpolation=cv2.INTER_AREA)
+    assert grey.std() < 2
+    np.testing.assert_allclose(predictor(stripes).scores, predictor(grey).scores, rtol=1e-5)

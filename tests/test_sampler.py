@@ -1,0 +1,86 @@
+from itertools import chain
+
+import pytest
+
+from utils.errors import UserError
+from utils.sampler import EpochBatchSampler, random_generator
+
+
+def epoch_batches(length, batch_size, epoch=0, start_step=0, **kwargs):
+    sampler = EpochBatchSampler(length, batch_size, **kwargs)
+    sampler.set_epoch(epoch, start_step)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("length", [8, 9, 15, 16, 17, 100])
+def test_every_picture_comes_and_every_batch_is_full(length):
+    batches = epoch_batches(length, 8)
+    assert len(batches) == len(EpochBatchSampler(length, 8)) == -(-length // 8)
+    assert all(len(batch) == 8 for batch in batches)
+    order = list(chain(*batches))
+    assert sorted(order[:length]) == list(range(length))
+    assert order[length:] == order[: len(order) - length]
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_a_data_set_below_one_batch_gives_one_step_of_what_there_is(length):
+    (batch,) = epoch_batches(length, 8)
+    assert sorted(batch) == list(range(length))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("length", [24, 25, 50, 97])
+def test_ranks_together_see_what_one_rank_at_the_whole_batch_sees(length, world_size):
+    ranks = [
+        epoch_batches(length, 4, epoch=3, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    together = [list(chain(*shares)) for shares in zip(*ranks, strict=True)]
+    assert together == epoch_batches(length, 4 * world_size, epoch=3)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 7])
+def test_ranks_share_a_tiny_data_set_in_equal_numbers(length):
+    ranks = [epoch_batches(length, 4, rank=rank, world_size=3) for rank in range(3)]
+    assert all(len(batches) == 1 for batches in ranks)
+    assert {len(batches[0]) for batches in ranks} == {min(4, -(-length // 3))}
+    seen = list(chain(*(batches[0] for batches in ranks)))
+    assert set(seen) == set(range(length))
+
+
+@pytest.mark.parametrize("start_step", [0, 1, 4, 7])
+def test_a_resumed_epoch_goes_on_as_the_uninterrupted_one(start_step):
+    assert epoch_batches(50, 8, 2, start_step) == epoch_batches(50, 8, 2)[start_step:]
+
+
+def test_start_step_counts_for_its_epoch_only():
+    sampler = EpochBatchSampler(50, 8)
+    sampler.set_epoch(1, start_step=5)
+    assert len(sampler) == 7
+    assert len(list(sampler)) == 2
+    sampler.set_epoch(2)
+    assert len(list(sampler)) == 7
+
+
+def test_order_follows_seed_and_epoch_alone():
+    assert epoch_batches(50, 8, 1, seed=4) == epoch_batches(50, 8, 1, seed=4)
+    orders = {
+        str(epoch_batches(50, 8, epoch, seed=seed)) for epoch in range(5) for seed in range(5)
+    }
+    assert len(orders) == 25
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(0, 4), (5, 0), (5, -1)])
+def test_nothing_to_train_on_is_an_error_not_an_empty_epoch(length, batch_size):
+    with pytest.raises(UserError, match=r"empty|batch_size"):
+        EpochBatchSampler(length, batch_size)
+
+
+def test_an_impossible_rank_is_refused():
+    with pytest.raises(ValueError, match="rank 2"):
+        EpochBatchSampler(5, 2, rank=2, world_size=2)
+
+
+def test_a_negative_seed_is_a_user_error():
+    with pytest.raises(UserError, match="seed of 0 or more"):
+        random_generator(-1, 0)

@@ -1,0 +1,356 @@
+"""Train YOLOv4 on VOC-format pictures: edit the constants of Config, or give them as flags."""
+
+import dataclasses
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.distributed import (
+    broadcast_object,
+    is_main,
+    process_group,
+    select_device,
+    world_size,
+)
+from engine.recipe import Recipe, amp_dtype, plan_phases
+from engine.resume import check_same_classes, parse_config
+from engine.runlog import RunLog, new_run_folder
+from engine.trainer import Trainer
+from losses.yolo_loss import YOLOLoss
+from nets.weights import load_weights
+from nets.yolo import YoloV4
+from utils.augment import Augmentation
+from utils.dataset import VocDataset
+from utils.decode import read_anchors
+from utils.errors import UserError, run_script
+from utils.voc import Sample, read_class_names, scan_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Edit here. Every line is also a flag; its comment is the flag's help.
+
+    # Data
+    train: str = "VOCdevkit/VOC2007:train"  # training split, ROOT:SPLIT, several joined by +
+    val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt
+    classes_path: str = "model_data/voc_classes.txt"  # class names, one a line
+    anchors_path: str = "model_data/yolo_anchors.txt"  # nine w,h in pixels of the input
+    skip_bad: bool = False  # go on without the pictures that cannot be used
+    include_difficult: bool = False  # learn and count difficult objects like any other
+    cache: bool = False  # keep decoded pictures in memory
+    cache_gb: float = 2.0  # as many of them as fit into this
+
+    # Network
+    weights: str = ""  # start from this checkpoint; "" starts from scratch
+    width: float = 1.0  # channels against YOLOv4's
+    depth: float = 1.0  # residual blocks against YOLOv4's
+    input_shape: tuple[int, int] = (416, 416)  # height, width in pixels; multiples of 32
+    scale_xy: tuple[float, float, float] = (1.2, 1.1, 1.05)  # reach of centres, strides 8, 16, 32
+
+    # Loss
+    focal_loss: bool = False  # weight the confidence BCE by difficulty
+    focal_alpha: float = 0.25  # weight of positives, 1 - alpha for negatives; with --focal_loss
+    focal_gamma: float = 2.0  # how fast easy cells fade; with --focal_loss
+    conf_loss: str = ""  # another confidence loss: name(key=value) or my_file:Class
+    cls_loss: str = "bce"  # class term: bce or focal
+    box_loss: str = "ciou"  # iou, giou, diou, ciou, siou or eiou
+    label_smoothing: float = 0.0  # class targets y (1 - e) + e / 2
+    assigner: str = "best_anchor"  # best_anchor, or iou_threshold for more positives a box
+    anchor_threshold: float = 0.213  # iou_threshold: anchors whose shape overlaps more are positive
+    ignore_threshold: float = 0.5  # cells whose box overlaps an object more are no negatives
+    balance: tuple[float, float, float] = (4.0, 1.0, 0.4)  # confidence at strides 8, 16, 32
+
+    # Optimisation
+    epochs: int = 300  # passes over the training pictures, frozen ones included
+    batch_size: int = 8  # pictures a GPU; halve it on "out of memory"
+    accumulate: int = 1  # batches an update
+    freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
+    freeze_batch_size: int = 16  # pictures a GPU in these epochs
+    optimizer: str = "sgd"  # sgd, adam or adamw
+    lr: float | None = None  # at 64 pictures an update, scaled and clamped; None: .01, Adam .001
+    momentum: float = 0.937  # of SGD; beta1 of Adam
+    weight_decay: float | None = None  # of convolutions; None: SGD 5e-4, Adam 0, AdamW .05
+    schedule: str = "cosine"  # cosine with warm-up, or step
+    clip_norm: float = 10.0  # longest gradient; 0: no limit
+    ema: bool = True  # evaluate and keep an average of the weights
+    ema_decay: float = 0.9998  # its decay in a long run; shorter memory at the start
+    amp: str = "auto"  # auto: bf16, or fp16 where the GPU lacks it, off on CPU; or bf16, fp16, off
+
+    # Augmentation
+    mosaic_prob: float = 0.5  # share of samples made of four pictures
+    mixup_prob: float = 0.5  # share of the mosaics blended with one more picture
+    strong_share: float = 0.7  # mosaic and mixup end after this share of the epochs
+    scale: tuple[float, float] = (0.25, 2.0)  # size of a single picture against the input
+    mosaic_scale: tuple[float, float] = (0.4, 1.0)  # size of the pictures of a mosaic
+    jitter: float = 0.3  # change of aspect
+    flip_prob: float = 0.5  # share of mirrored pictures
+    hsv: tuple[float, float, float] = (0.1, 0.7, 0.4)  # change of hue, saturation, value
+
+    # Run
+    device: str = ""  # cpu, cuda or cuda:1; "" takes a GPU when there is one
+    num_workers: int = 4  # processes that load pictures; 0 loads in this one
+    seed: int = 0  # of weights, order and augmentation
+    deterministic: bool = False  # the same numbers every time, slower on a GPU
+    eval_period: int = 5  # epochs between average precisions
+    save_period: int = 1  # epochs between last.pt, which is also written every five minutes
+    save_dir: str = ""  # the run's folder, empty or new; "" makes logs/<time>
+    resume: str = ""  # go on with this run: its folder or last.pt
+
+
+# What a resumed run may be given anew; the rest is what it started with.
+CHANGEABLE = (
+    *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "epochs", "device"),
+    *("num_workers", "deterministic", "eval_period", "save_period", "save_dir", "resume"),
+)
+
+
+def main() -> None:
+    config, resume = parse_config(Config, description=__doc__, changeable=CHANGEABLE)
+    device = select_device(config.device)
+    check_config(config, resumes=resume is not None)
+    with process_group(device):
+        train(config, resume, device)
+
+
+def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -> None:
+    """Read the data, build model and loss, and train; then say what to do with the weights."""
+    class_names = read_class_names(config.classes_path)
+    anchors = read_anchors(config.anchors_path)
+    check_same_classes(class_names, config.classes_path, resume)
+    folder = broadcast_object(run_folder(config) if is_main() else None)
+    train_samples, val_samples = broadcast_object(
+        read_data(config, class_names, folder) if is_main() else None
+    )
+    seed_everything(config)
+    loss = build_loss(config, anchors, len(class_names)).to(device)
+    model = build_model(config, class_names, loss.prior_pi, resume).to(
+        device, memory_format=torch.channels_last
+    )
+    recipe = make_recipe(config, device)
+    describe(config, recipe, model, device, folder)
+    last_epoch = resume["epoch"] if resume is not None else 0
+    trainer = Trainer(
+        model=model,
+        loss=loss,
+        train_set=training_set(config, train_samples),
+        val_samples=val_samples,
+        recipe=recipe,
+        facts=checkpoint_facts(config, class_names, anchors),
+        device=device,
+        log=RunLog(folder, dataclasses.asdict(config), last_epoch) if is_main() else None,
+        resume=resume,
+    )
+    finished = trainer.fit()
+    say_what_next(config, folder, finished=finished)
+
+
+def check_config(config: Config, *, resumes: bool) -> None:
+    """Everything that can be known to be wrong before any data is read."""
+    height, width = config.input_shape
+    if min(height, width) < 32 or height % 32 or width % 32:
+        raise UserError(f"input_shape {height} {width}: both must be multiples of 32, at least 32.")
+    if config.freeze_epochs > 0 and not config.weights and not resumes:
+        raise UserError(
+            f"freeze_epochs {config.freeze_epochs} freezes a backbone that knows nothing: give "
+            "--weights, or --freeze_epochs 0."
+        )
+    least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
+    least |= {"eval_period": 1, "save_period": 1, "freeze_epochs": 0, "num_workers": 0, "seed": 0}
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise UserError(f"{name} is {getattr(config, name)}; give {low} or more.")
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of the resumed run, or a new one."""
+    if config.resume and not config.save_dir:
+        return Path(config.resume).parent
+    return new_run_folder(config.save_dir)
+
+
+def read_data(
+    config: Config, class_names: tuple[str, ...], folder: Path
+) -> tuple[list[Sample], list[Sample]]:
+    """Training and validation samples, with a report of each; an unused run folder is removed."""
+    found = []
+    try:
+        for name, spec in (("train", config.train), ("val", config.val)):
+            samples, report = scan_split(
+                spec,
+                class_names,
+                skip_bad=config.skip_bad,
+                include_difficult=config.include_difficult,
+                split_dir=folder,
+                classes_path=config.classes_path,
+                progress=True,
+            )
+            print(f"{name}: {report}")
+            found.append(samples)
+    except UserError:
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+    return found[0], found[1]
+
+
+def seed_everything(config: Config) -> None:
+    """Seed the generators; with `deterministic`, refuse the faster algorithms that vary."""
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+
+
+def build_loss(config: Config, anchors: Any, num_classes: int) -> YOLOLoss:
+    """The loss that the constants describe."""
+    return YOLOLoss(
+        anchors,
+        num_classes,
+        config.input_shape,
+        focal_loss=config.focal_loss,
+        focal_alpha=config.focal_alpha,
+        focal_gamma=config.focal_gamma,
+        conf_loss=config.conf_loss,
+        cls_loss=config.cls_loss,
+        box_loss=config.box_loss,
+        label_smoothing=config.label_smoothing,
+        assigner=config.assigner,
+        anchor_threshold=config.anchor_threshold,
+        ignore_threshold=config.ignore_threshold,
+        scale_xy=config.scale_xy,
+        balance=config.balance,
+    )
+
+
+def conf_loss_spec(config: Config) -> str:
+    """The confidence loss in full, as --conf_loss takes it."""
+    focal = f"focal(alpha={config.focal_alpha}, gamma={config.focal_gamma})"
+    return config.conf_loss or (focal if config.focal_loss else "bce")
+
+
+def build_model(
+    config: Config, class_names: tuple[str, ...], prior_pi: float | None, resume: dict | None
+) -> nn.Module:
+    """The network, from scratch or from a checkpoint; heads that are new get the loss's prior."""
+    model = YoloV4(len(class_names), width=config.width, depth=config.depth)
+    heads_loaded = resume is not None
+    if config.weights and resume is None:
+        report = load_weights(model, config.weights, class_names=class_names)
+        heads_loaded = report.heads_loaded
+        if is_main():
+            print(report)
+    if prior_pi is not None and resume is None:
+        if not heads_loaded:
+            model.set_objectness_prior(prior_pi)
+        if is_main():
+            done = "kept as loaded" if heads_loaded else f"set to {prior_pi}"
+            print(f"objectness prior of the heads: {done} (the loss declares {prior_pi})")
+    return model
+
+
+def make_recipe(config: Config, device: torch.device) -> Recipe:
+    """How the weights are learnt."""
+    return Recipe(
+        phases=plan_phases(
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            freeze_epochs=config.freeze_epochs,
+            freeze_batch_size=config.freeze_batch_size,
+        ),
+        optimizer=config.optimizer,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        schedule=config.schedule,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_norm,
+        ema_decay=config.ema_decay if config.ema else 0.0,
+        amp_dtype=amp_dtype(config.amp, device),
+        strong_share=config.strong_share,
+        num_workers=config.num_workers,
+        eval_period=config.eval_period,
+        save_period=config.save_period,
+        seed=config.seed,
+    )
+
+
+def training_set(config: Config, samples: list[Sample]) -> VocDataset:
+    """The augmented training pictures."""
+    hue, saturation, value = config.hsv
+    return VocDataset(
+        samples,
+        config.input_shape,
+        train=True,
+        mosaic_prob=config.mosaic_prob,
+        mixup_prob=config.mixup_prob,
+        cache=config.cache,
+        cache_gb=config.cache_gb,
+        seed=config.seed,
+        augmentation=Augmentation(
+            scale=config.scale,
+            mosaic_scale=config.mosaic_scale,
+            jitter=config.jitter,
+            flip_prob=config.flip_prob,
+            hue=hue,
+            saturation=saturation,
+            value=value,
+        ),
+    )
+
+
+def checkpoint_facts(config: Config, class_names: tuple[str, ...], anchors: Any) -> dict[str, Any]:
+    """What every checkpoint says of its network, so that nothing else is needed to use it."""
+    return {
+        "class_names": list(class_names),
+        "anchors": [list(anchor) for anchor in anchors],
+        "input_shape": list(config.input_shape),
+        "width": config.width,
+        "depth": config.depth,
+        "scale_xy": list(config.scale_xy),
+        "conf_loss": conf_loss_spec(config),
+        "config": dataclasses.asdict(config),
+    }
+
+
+def describe(
+    config: Config, recipe: Recipe, model: nn.Module, device: torch.device, folder: Path
+) -> None:
+    """Print what is about to be trained, with the numbers that were derived from the constants."""
+    if not is_main():
+        return
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    precision = str(recipe.amp_dtype or torch.float32).removeprefix("torch.")
+    print(f"network: YOLOv4, width {config.width}, depth {config.depth}, {parameters:,} parameters")
+    print(
+        f"device: {world_size()} x {name}, {precision}; confidence loss: {conf_loss_spec(config)}"
+    )
+    for phase in recipe.phases:
+        initial, minimal = recipe.rates(phase)
+        what = "frozen backbone" if phase.frozen else "all layers"
+        print(
+            f"to epoch {phase.last_epoch}: {what}, batch {phase.batch_size}, {recipe.optimizer}, "
+            f"lr {initial:.2e} to {minimal:.2e} ({recipe.schedule})"
+        )
+    print(f"run folder: {folder}")
+
+
+def say_what_next(config: Config, folder: Path, *, finished: bool) -> None:
+    """The commands that use what was trained."""
+    if not is_main():
+        return
+    if not finished:
+        print(f"stopped; go on with:\n  python train.py --resume {folder}")
+        sys.exit(130)
+    pictures = f"{config.val.split('+')[0].rpartition(':')[0]}/JPEGImages"
+    print(f"done. Curves and pictures: {folder}")
+    print(f"  python evaluate.py --weights {folder / 'best.pt'} --data {config.val}")
+    print(f"  python predict.py --weights {folder / 'best.pt'} --source {pictures}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,251 @@
+"""Training augmentation, the original fork's: size and aspect jitter, flip, HSV, mosaic, mixup.
+
+A picture reaches the canvas by one resize, of the part that will be seen. That part and its place
+are whole pixels, and boxes take the scale between the two, so that they follow the pixels exactly.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from utils.errors import UserError
+from utils.letterbox import GREY, resize
+
+MIN_BOX_SIDE = 1.0  # pixels of the canvas: a box as thin as this or thinner is dropped
+MOSAIC_QUADRANTS = tuple(itertools.product((False, True), repeat=2))  # (below, right) of the seams
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How strongly pictures are changed; the defaults are the fork's.
+
+    Raises UserError for a value out of range.
+    """
+
+    scale: tuple[float, float] = (0.25, 2.0)  # size against the largest that fits the input
+    jitter: float = 0.3  # aspect changes by U(1 - jitter, 1 + jitter) / U(1 - jitter, 1 + jitter)
+    flip_prob: float = 0.5  # left to right
+    hue: float = 0.1  # each gain is 1 + U(-1, 1) * this
+    saturation: float = 0.7
+    value: float = 0.4
+    mosaic_scale: tuple[float, float] = (0.4, 1.0)  # like scale, for each picture of a mosaic
+    mosaic_centre: tuple[float, float] = (0.3, 0.7)  # where the seams cross, fraction of the input
+    min_visible: float = 0.0  # a box with less of its area in view becomes an ignore region
+
+    def __post_init__(self):
+        for name, limit in (("scale", 100), ("mosaic_scale", 100), ("mosaic_centre", 1)):
+            low, high = value = getattr(self, name)
+            if not 0 < low <= high < limit:
+                raise UserError(f"{name} is {value}; give low, high: 0 < low <= high < {limit}.")
+        for name in ("jitter", "flip_prob", "hue", "saturation", "value", "min_visible"):
+            value, limit = getattr(self, name), 0.9 if name == "jitter" else 1
+            if not 0 <= value <= limit:
+                raise UserError(f"{name} is {value}; give a number from 0 to {limit}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture with its objects."""
+
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of `image`
+    class_ids: np.ndarray  # (n,) int64; -1 is an ignore region
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A part of a picture and where on the canvas it goes; all edges are whole pixels."""
+
+    part_xyxy: np.ndarray
+    canvas_xyxy: np.ndarray
+    flip: bool
+
+    def draw(self, image: np.ndarray, canvas: np.ndarray) -> None:
+        """Resize the part of `image` into its place on `canvas`."""
+        x1, y1, x2, y2 = self.part_xyxy
+        left, top, right, bottom = self.canvas_xyxy
+        patch = resize(image[y1:y2, x1:x2], (int(bottom - top), int(right - left)))
+        canvas[top:bottom, left:right] = cv2.flip(patch, 1) if self.flip else patch
+
+    def map_boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """(n, 4) boxes of the picture -> (n, 4) float32 on the canvas."""
+        part, place = self.part_xyxy.reshape(2, 2), self.canvas_xyxy.reshape(2, 2)
+        scale = (place[1] - place[0]) / (part[1] - part[0])
+        corners = (boxes_xyxy.reshape(-1, 2, 2) - part[0]) * scale + place[0]
+        if self.flip:
+            corners[..., 0] = place[:, 0].sum() - corners[:, ::-1, 0]
+        return corners.reshape(-1, 4).astype(np.float32)
+
+
+def place_picture(
+    image_hw: tuple[int, int],
+    canvas_hw: tuple[int, int],
+    *,
+    size_hw: tuple[int, int],
+    top_left: tuple[int, int],
+    flip: bool,
+) -> Placement:
+    """Where a picture goes that is flipped or not, resized to `size_hw` and put at `top_left`.
+
+    It may reach over the canvas, but must touch it. What is seen of it is rounded to whole pixels
+    of the picture, at least one.
+    """
+    whole, canvas, size, offset = (
+        np.array((x, y)) for y, x in (image_hw, canvas_hw, size_hw, top_left)
+    )
+    place = np.stack((np.maximum(offset, 0), np.minimum(offset + size, canvas)))
+    part = np.rint((place - offset) * (whole / size)).astype(np.int64)
+    part[0] = np.minimum(part[0], whole - 1)
+    part[1] = np.maximum(part[1], part[0] + 1)
+    if flip:
+        part[:, 0] = whole[0] - part[::-1, 0]
+    return Placement(part.reshape(4), place.reshape(4), flip)
+
+
+def paste(
+    picture: Picture, placement: Placement, canvas: np.ndarray, *, min_visible: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a picture on the canvas; returns the boxes_xyxy and class_ids that are seen there.
+
+    Boxes are cut at the edges of the part seen, and dropped when a side is MIN_BOX_SIDE or less; of
+    the others, those with less than `min_visible` of their area in view get the class -1.
+    """
+    placement.draw(picture.image, canvas)
+    low, high = np.tile(placement.part_xyxy.reshape(2, 2), 2).astype(np.float32)
+    in_view = picture.boxes_xyxy.clip(low, high)
+    hidden = box_areas(in_view) < min_visible * box_areas(picture.boxes_xyxy)
+    class_ids = np.where(hidden, -1, picture.class_ids)
+    boxes_xyxy = placement.map_boxes(in_view)
+    keep = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    return boxes_xyxy[keep], class_ids[keep]
+
+
+def box_areas(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """(n, 4) -> (n,) width times height."""
+    return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
+
+
+def random_size(
+    image_hw: tuple[int, int],
+    input_hw: tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    jitter: float,
+    rng: np.random.Generator,
+) -> tuple[int, int]:
+    """Draw a new aspect and a new size; scale 1 is the largest that fits the input."""
+    height, width = image_hw
+    width = width * rng.uniform(1 - jitter, 1 + jitter) / rng.uniform(1 - jitter, 1 + jitter)
+    factor = rng.uniform(*scale) * min(input_hw[0] / height, input_hw[1] / width)
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def random_hsv(
+    image: np.ndarray, augmentation: Augmentation, rng: np.random.Generator
+) -> np.ndarray:
+    """Multiply hue (around the circle), saturation and value by random gains."""
+    ranges = np.array([augmentation.hue, augmentation.saturation, augmentation.value])
+    gains = 1 + rng.uniform(-1, 1, 3) * ranges
+    return scale_hsv(image, gains) if ranges.any() else image
+
+
+def scale_hsv(image: np.ndarray, gains: Sequence[float]) -> np.ndarray:
+    """Multiply hue, saturation and value of an (H, W, 3) uint8 RGB picture, by tables of 256."""
+    levels = np.rint(np.arange(256)[:, None] * np.asarray(gains))
+    levels[:, 0] %= 180  # OpenCV's hue is in steps of two degrees
+    table = levels.clip(0, 255).astype(np.uint8)[None]
+    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def random_single(
+    picture: Picture,
+    input_hw: tuple[int, int],
+    *,
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+) -> Picture:
+    """One picture at a random size and aspect, anywhere on grey, perhaps flipped, recoloured."""
+    canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
+    image_hw = picture.image.shape[:2]
+    size_hw = random_size(
+        image_hw, input_hw, scale=augmentation.scale, jitter=augmentation.jitter, rng=rng
+    )
+    rooms = [side - size for side, size in zip(input_hw, size_hw, strict=True)]
+    top, left = (int(rng.integers(min(0, room), max(0, room), endpoint=True)) for room in rooms)
+    flip = rng.random() < augmentation.flip_prob
+    placement = place_picture(image_hw, input_hw, size_hw=size_hw, top_left=(top, left), flip=flip)
+    seen = paste(picture, placement, canvas, min_visible=augmentation.min_visible)
+    return Picture(random_hsv(canvas, augmentation, rng), *seen)
+
+
+def random_mosaic(
+    pictures: Sequence[Picture],
+    input_hw: tuple[int, int],
+    *,
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+) -> Picture:
+    """Four pictures around a random crossing, each with a corner at it; boxes end at the seams."""
+    canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
+    fractions = rng.uniform(*augmentation.mosaic_centre, size=2)
+    seam = np.rint(fractions * input_hw).astype(int).clip(1, np.array(input_hw) - 1)
+    boxes_xyxy, class_ids = [], []
+    for picture, after_seam in zip(pictures, MOSAIC_QUADRANTS, strict=True):
+        rows, columns = (
+            slice(cross, None) if after else slice(0, cross)
+            for cross, after in zip(seam, after_seam, strict=True)
+        )
+        boxes, ids = paste_at_corner(
+            picture,
+            canvas[rows, columns],
+            input_hw,
+            after_seam=after_seam,
+            augmentation=augmentation,
+            rng=rng,
+        )
+        origin = np.array((columns.start, rows.start) * 2, dtype=np.float32)
+        boxes_xyxy.append(boxes + origin)
+        class_ids.append(ids)
+    image = random_hsv(canvas, augmentation, rng)
+    return Picture(image, np.concatenate(boxes_xyxy), np.concatenate(class_ids))
+
+
+def paste_at_corner(
+    picture: Picture,
+    quadrant: np.ndarray,
+    input_hw: tuple[int, int],
+    *,
+    after_seam: tuple[bool, bool],
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a picture into the corner of its quadrant where the seams cross; `paste`'s result.
+
+    after_seam: whether the quadrant is below, and right of, the crossing.
+    """
+    image_hw, quadrant_hw = picture.image.shape[:2], quadrant.shape[:2]
+    size_hw = random_size(
+        image_hw, input_hw, scale=augmentation.mosaic_scale, jitter=augmentation.jitter, rng=rng
+    )
+    top, left = (
+        0 if after else side - size
+        for side, size, after in zip(quadrant_hw, size_hw, after_seam, strict=True)
+    )
+    flip = rng.random() < augmentation.flip_prob
+    placement = place_picture(
+        image_hw, quadrant_hw, size_hw=size_hw, top_left=(top, left), flip=flip
+    )
+    return paste(picture, placement, quadrant, min_visible=augmentation.min_visible)
+
+
+def mixup(first: Picture, second: Picture) -> Picture:
+    """Half and half of two pictures of one size, with the objects of both."""
+    return Picture(
+        cv2.addWeighted(first.image, 0.5, second.image, 0.5, 0.0),
+        np.concatenate((first.boxes_xyxy, second.boxes_xyxy)),
+        np.concatenate((first.class_ids, second.class_ids)),
+    )

@@ -1,0 +1,135 @@
+"""VOC pictures as network input: letterboxed for validation, augmented for training."""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from utils.augment import Augmentation, Picture, mixup, random_mosaic, random_single
+from utils.boxes import xyxy_to_cxcywh
+from utils.cache import GIB, PictureCache
+from utils.errors import UserError
+from utils.letterbox import image_to_letterbox, letterbox
+from utils.sampler import random_generator
+from utils.voc import Sample
+
+Item = tuple[Tensor, Tensor]
+
+
+class VocDataset(Dataset[Item]):
+    """Items (image, targets): uint8 (3, H, W) RGB and float32 (n, 5) of class_id, cx, cy, w, h.
+
+    The four are fractions of the network input; class_id -1 is an ignore region (a difficult
+    object). train=False letterboxes. train=True augments: every item depends on (seed, epoch,
+    index) alone, so that worker count and resuming change nothing. mixup_prob is the share of the
+    mosaics that are mixed with one more picture. `cache` keeps decoded pictures in memory, up to
+    `cache_gb` GiB; for training they are shrunk to fit the largest `scale` times the input.
+
+    Raises UserError for a probability outside 0..1 or a negative seed.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        input_shape: tuple[int, int],
+        *,
+        train: bool,
+        mosaic_prob: float = 0.5,
+        mixup_prob: float = 0.5,
+        cache: bool = False,
+        cache_gb: float = 2.0,
+        seed: int = 0,
+        augmentation: Augmentation | None = None,
+    ):
+        for name, prob in (("mosaic_prob", mosaic_prob), ("mixup_prob", mixup_prob)):
+            if not 0 <= prob <= 1:
+                raise UserError(f"{name} is {prob}; give a number from 0 to 1.")
+        random_generator(seed)  # says now, not in a worker, that a seed is negative
+        self.samples, self.input_shape, self.train = samples, tuple(input_shape), train
+        self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
+        self.augmentation = augmentation or Augmentation()
+        # Validation keeps what letterbox makes of a picture, so that the cache changes no pixel.
+        largest = max(1.0, self.augmentation.scale[1]) if train else 1
+        limit_hw = tuple(int(side * largest) for side in self.input_shape)
+        self._pictures = PictureCache(samples, limit_hw, int(cache_gb * GIB) if cache else 0)
+        # Shared memory: persistent workers hold copies of this object, but see this tensor.
+        self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()
+
+    def set_epoch(self, epoch: int, *, strong: bool = True) -> None:
+        """Choose the epoch's random numbers, in all workers; without `strong`, no mosaic, no mixup.
+
+        Call it before iterating over a DataLoader: workers read ahead.
+        """
+        self._epoch_and_strong.copy_(torch.tensor([epoch, int(strong)]))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        index = range(len(self))[index]  # counts negative ones from the end; IndexError beyond it
+        return self._augmented(index) if self.train else self._letterboxed(index)
+
+    def _letterboxed(self, index: int) -> Item:
+        sample = self.samples[index]
+        image = letterbox(self._pictures.read(index), self.input_shape)
+        boxes_xyxy = torch.from_numpy(sample.boxes_xyxy)
+        boxes_xyxy = image_to_letterbox(boxes_xyxy, sample.image_hw, self.input_shape)
+        return to_item(Picture(image, boxes_xyxy.numpy(), target_ids(sample)))
+
+    def _augmented(self, index: int) -> Item:
+        epoch, strong = self._epoch_and_strong.tolist()
+        rng = random_generator(self.seed, epoch, index)
+        if not strong or rng.random() >= self.mosaic_prob:
+            return to_item(self._single(index, rng))
+        indices = rng.permutation([index, *rng.integers(len(self), size=3)])
+        pictures = [self._read(i) for i in indices]
+        picture = random_mosaic(pictures, self.input_shape, augmentation=self.augmentation, rng=rng)
+        if rng.random() < self.mixup_prob:
+            picture = mixup(picture, self._single(int(rng.integers(len(self))), rng))
+        return to_item(picture)
+
+    def _single(self, index: int, rng: np.random.Generator) -> Picture:
+        picture = self._read(index)
+        return random_single(picture, self.input_shape, augmentation=self.augmentation, rng=rng)
+
+    def _read(self, index: int) -> Picture:
+        """A picture, perhaps shrunk by the cache, with its boxes in pixels of what is returned."""
+        sample, image = self.samples[index], self._pictures.read(index)
+        scale = np.divide(image.shape[:2], sample.image_hw)[[1, 0, 1, 0]]
+        boxes_xyxy = (sample.boxes_xyxy * scale).astype(np.float32)
+        return Picture(image, boxes_xyxy, target_ids(sample))
+
+
+def target_ids(sample: Sample) -> np.ndarray:
+    """Class ids to train on: -1, an ignore region, for difficult objects."""
+    return np.where(sample.difficult, -1, sample.class_ids)
+
+
+def to_item(picture: Picture) -> Item:
+    """A picture of the network input's size as tensors; the image stays (H, W, 3) in memory."""
+    height, width = picture.image.shape[:2]
+    boxes_cxcywh = xyxy_to_cxcywh(torch.from_numpy(picture.boxes_xyxy))
+    fractions = boxes_cxcywh / torch.tensor([width, height, width, height])
+    class_ids = torch.from_numpy(picture.class_ids).to(fractions.dtype)
+    targets = torch.cat((class_ids[:, None], fractions), dim=1)
+    return torch.from_numpy(picture.image).permute(2, 0, 1), targets
+
+
+def collate(items: Sequence[Item]) -> Item:
+    """Items -> images uint8 (B, 3, H, W) in channels_last memory, targets (N, 6).
+
+    A target is image_index, class_id, cx, cy, w, h. For `DataLoader(collate_fn=collate)`.
+    """
+    images, targets = zip(*items, strict=True)
+    batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    counts = torch.tensor([len(target) for target in targets])
+    image_index = torch.arange(len(items)).repeat_interleave(counts)
+    return batch, torch.cat((image_index[:, None].float(), torch.cat(targets)), dim=1)
+
+
+def limit_worker_threads(_worker_id: int) -> None:
+    """Give a worker one OpenCV thread: `DataLoader(worker_init_fn=limit_worker_threads)`."""
+    cv2.setNumThreads(1)

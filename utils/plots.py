@@ -1,0 +1,149 @@
+"""Curves as picture files: losses, average precision over epochs, precision against recall."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+TRAIN_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d95f02"
+TERM_COLOURS = {"loc": "#1b9e77", "conf": "#7570b3", "cls": "#e7298a"}
+DPI = 120
+LOG_FROM = 20  # a curve that spans more than this factor is drawn on a logarithmic axis
+MAX_NAMED_CLASSES = 20  # more curves than this cannot be told apart: they are drawn grey
+RECALL_GRID = np.linspace(0, 1, 101)
+
+Row = Mapping[str, object]
+
+
+def plot_losses(path: str | Path, rows: Sequence[Row]) -> None:
+    """Total loss of training and validation, and its terms, over epochs.
+
+    rows: the lines of metrics.csv (epoch, loss, loc, conf, cls, val_loss, val_loc, ...); a value
+    that is absent, "" or nan was not measured.
+    """
+    # A Figure of its own, not pyplot: no display, no global list of figures that fills up.
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    total, terms = figure.subplots(1, 2)
+    _curve(total, rows, "loss", TRAIN_COLOUR, "train")
+    _curve(total, rows, "val_loss", VALIDATION_COLOUR, "validation")
+    _finish(total, "Total loss", "loss")
+    for name, colour in TERM_COLOURS.items():
+        _curve(terms, rows, name, colour, f"{name}, train")
+        _curve(terms, rows, f"val_{name}", colour, f"{name}, validation", "--")
+    _finish(terms, "Its terms, as weighted in the sum", "loss term")
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_map(path: str | Path, rows: Sequence[Row]) -> None:
+    """Validation AP50 (and COCO AP where measured) over epochs, the best AP50 marked.
+
+    rows: the lines of metrics.csv with epoch, val_ap50, val_ap.
+    """
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _curve(axes, rows, "val_ap50", VALIDATION_COLOUR, "AP50 (VOC)")
+    _curve(axes, rows, "val_ap", TRAIN_COLOUR, "AP .50:.95 (COCO)")
+    epochs, values = column(rows, "val_ap50")
+    if len(values):
+        best = int(values.argmax())
+        axes.plot(epochs[best], values[best], "*", color="black", markersize=13, zorder=5)
+        axes.axhline(values[best], color="black", linewidth=0.7, linestyle=":")
+        title = f"Validation: best AP50 {values[best]:.3f} in epoch {epochs[best]:g}"
+    else:
+        title = "Validation: AP50 not measured yet"
+    _finish(axes, title, "average precision", legend="lower right", logarithmic=False)
+    axes.set_ylim(0, 1.02)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_precision_recall(
+    path: str | Path,
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    average_precisions: Mapping[str, float],
+    *,
+    iou: float = 0.5,
+) -> None:
+    """A precision-recall curve a class, in the order of AP, and the mean of all.
+
+    curves: class name -> (precision, recall) after each detection, by falling score, for classes
+    with ground truth; average_precisions: AP of at least these classes. Precision is drawn as AP
+    counts it: the best at a recall or a higher one.
+    """
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    ranked = sorted(curves, key=lambda name: -average_precisions[name])
+    many = len(ranked) > MAX_NAMED_CLASSES
+    colours = colormaps["tab10" if len(ranked) <= 10 else "tab20"].colors
+    for index, name in enumerate(ranked):
+        style = {"color": "0.75", "linewidth": 0.7} if many else {"color": colours[index]}
+        # "$" would start mathematics, and a label that starts with "_" would not be shown.
+        label = None if many else f"{average_precisions[name]:.3f}  {name}".replace("$", r"\$")
+        axes.plot(RECALL_GRID, envelope(*curves[name]), label=label, **style)
+    if ranked:
+        mean = np.mean([envelope(*curves[name]) for name in ranked], axis=0)
+        mean_ap = np.mean([average_precisions[name] for name in ranked])
+        label = f"{mean_ap:.3f}  mean of {len(ranked)}"
+        axes.plot(RECALL_GRID, mean, color="black", linewidth=2.5, label=label)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="AP", frameon=False)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
+    axes.set_title(f"Precision and recall at IoU {iou:g}" if ranked else "No object to recall")
+    _clean(axes)
+    figure.savefig(path, dpi=DPI)
+
+
+def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs and values of the rows where a number was measured."""
+    points = [(float(row["epoch"]), _number(row.get(key))) for row in rows]
+    measured = [(epoch, value) for epoch, value in points if math.isfinite(value)]
+    epochs, values = np.array(measured, dtype=float).reshape(-1, 2).T
+    return epochs, values
+
+
+def envelope(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    """Best precision at each recall of RECALL_GRID or a higher one; 0 beyond the last recall."""
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return np.append(best, 0.0)[np.searchsorted(recall, RECALL_GRID)]
+
+
+def _number(value: object) -> float:
+    return math.nan if value in (None, "") else float(value)
+
+
+def _curve(
+    axes: Axes, rows: Sequence[Row], key: str, colour: str, label: str, line: str = "-"
+) -> None:
+    """Draw what was measured; a few points are marked, or a single one would not be seen."""
+    epochs, values = column(rows, key)
+    if len(values):
+        marker = "o" if len(values) <= 30 else None
+        axes.plot(epochs, values, line, color=colour, label=label, marker=marker, markersize=4)
+
+
+def _finish(
+    axes: Axes, title: str, ylabel: str, *, legend: str = "best", logarithmic: bool = True
+) -> None:
+    """Title, labels, legend, scale and whole epochs."""
+    lines = axes.get_lines()
+    axes.set(title=title, xlabel="epoch", ylabel=ylabel)
+    if lines:
+        axes.legend(loc=legend, frameon=False)
+        values = np.concatenate([line.get_ydata() for line in lines])
+        if logarithmic and values.min() > 0 and values.max() > LOG_FROM * values.min():
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.text(0.5, 0.5, "nothing measured yet", ha="center", transform=axes.transAxes)
+    axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    _clean(axes)
+
+
+def _clean(axes: Axes) -> None:
+    axes.grid(visible=True, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -50,7 +50,13 @@ def build_optimizer(
     groups = parameter_groups(model, decay)
     lr = torch.finfo(torch.float32).tiny  # set before every step by the schedule
     if name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=True, fused=True)
+        nesterov = momentum > 0
+        optimizer = torch.optim.SGD(groups, lr, momentum=momentum, nesterov=nesterov, fused=True)
+        # The fused form cannot begin with some parameters later than with others, as happens
+        # when the backbone unfreezes. A zero buffer gives the same first step as none.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
     return kind(groups, lr, betas=(momentum, 0.999), fused=True)
 

@@ -240,7 +240,6 @@ class Trainer:
             "device": self.device,
             "batch_size": self.recipe.phases[-1].batch_size,
             "num_workers": self.recipe.num_workers,
-            "amp_dtype": self.recipe.amp_dtype,
             "progress": is_main(),
         }
 

@@ -127,7 +127,10 @@ def _parse_arguments(spec: str, arguments: str, usage: str) -> dict[str, Any]:
         call = ast.parse(f"f({arguments}\n)", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
             raise ValueError("only key=value pairs are allowed")
-        return {keyword.arg or "**": ast.literal_eval(keyword.value) for keyword in call.keywords}
+        values = {pair.arg or "**": ast.literal_eval(pair.value) for pair in call.keywords}
+        if len(values) < len(call.keywords):
+            raise ValueError("a key is given twice")
+        return values
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(
             f"confidence loss {spec!r} cannot be read. Write {usage}, values as plain numbers, "

@@ -174,7 +174,8 @@ class YOLOLoss(nn.Module):
             anchors = self.anchors[3 * scale : 3 * scale + 3] / STRIDES[scale]
             logits = raw[..., :4].float()
             centre, size = decode_grid_boxes(logits, offsets, anchors, self.scale_xy[scale])
-            edges = (centre - size / 2, centre + size / 2)
+            half = size / 2
+            edges = (centre - half, centre + half)
             planes = [edge.permute(4, 0, 1, 2, 3).flatten(2) for edge in edges]
             corners.append(torch.cat(planes) * STRIDES[scale])
         truths_xyxy = cxcywh_to_xyxy(positives.boxes_grid[0] * STRIDES[0])

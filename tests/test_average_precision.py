@@ -243,6 +243,14 @@ def test_coco_figures_of_perfect_boxes_are_one_and_of_none_zero():
     assert coco_average_precision([part[:0] for part in perfect], truth, 3) == (0, 0, 0)
 
 
+def test_coco_figures_leave_boxes_on_a_difficult_object_out():
+    truth = [(np.array([0, 0]), np.array([BOX, FAR], np.float32), np.array([True, False]))]
+    rows = [[*BOX, 0.9, 0], [*BOX, 0.8, 0], [*FAR, 0.7, 0]]
+    assert coco_average_precision([np.array(rows, np.float32)], truth, 1) == pytest.approx(
+        (1, 1, 1)
+    )
+
+
 def test_coco_figures_without_an_object_that_counts_are_nan():
     boxes, one = np.array([BOX], np.float32), np.array([0])
     nothing = (one[:0], boxes[:0], np.zeros(0, bool))

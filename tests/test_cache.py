@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.factory import add_picture, write_split
+from utils.augment import Augmentation
 from utils.cache import PictureCache
 from utils.dataset import VocDataset, collate
 from utils.errors import UserError
@@ -92,6 +93,21 @@ def test_boxes_of_shrunk_pictures_shrink_with_them(samples):
         cached.set_epoch(epoch)
         for i in (1, 3):  # rounded to pixels of different sizes: 1.5 of 32 is .047
             torch.testing.assert_close(plain[i][1], cached[i][1], rtol=0, atol=0.047)
+
+
+def test_boxes_follow_the_rounded_size_of_a_shrunk_picture(tmp_path):
+    add_picture(tmp_path, "thin", np.zeros((9, 700, 3), np.uint8), [("a", (0, 0, 700, 9))])
+    write_split(tmp_path, "train", ["thin"])
+    fourfold = Augmentation(scale=(4, 4), jitter=0)  # 1.65 x 128 becomes 2 x 128 in the cache
+    dataset = VocDataset(
+        read_split(f"{tmp_path}:train", ["a"]),
+        (32, 32),
+        train=True,
+        mosaic_prob=0,
+        augmentation=fourfold,
+        cache=True,
+    )
+    assert dataset[0][1][:, 3:].tolist() == [[1, 2 / 32]]
 
 
 def test_cache_gb_bounds_what_is_kept(samples):

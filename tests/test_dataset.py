@@ -200,6 +200,11 @@ def test_epoch_seed_and_strong_change_an_item_and_nothing_else_does(samples):
         assert not torch.equal(item()[0], item(**changed)[0])
 
 
+def test_two_samples_of_one_picture_are_augmented_differently(white):
+    dataset = VocDataset(white * 2, (32, 64), train=True)
+    assert not torch.equal(dataset[0][0], dataset[1][0])
+
+
 def test_augmentation_is_what_the_items_are_made_with(white):
     whole = Augmentation(scale=(1, 1), jitter=0, hue=0, saturation=0, value=0)
     dataset = VocDataset(white, (64, 64), train=True, mosaic_prob=0, augmentation=whole)

@@ -15,6 +15,7 @@ from utils.draw import (
     label_size,
     line_and_font_size,
     missing_letters,
+    overlap,
     picture_grid,
     place_labels,
     text_colour,
@@ -118,20 +119,23 @@ def test_the_highest_score_lies_on_top():
 def test_labels_stay_inside_the_picture():
     boxes = [(-30, -30, 20, 20), (180, 90, 260, 130), (-5, 80, 10, 200), (190, -10, 300, 5)]
     for box in boxes:
-        for place in candidate_places(box, (70, 15), (200, 100)):
-            assert place.left >= 0
-            assert place.top >= 0
-            assert place.right <= 200
-            assert place.bottom <= 100
+        places = candidate_places(box, (70, 15), (200, 100))
+        assert (places[:, :2] >= 0).all()
+        assert (places[:, 2:] <= (200, 100)).all()
+        assert (places[:, 2:] - places[:, :2] == (70, 15)).all()
+
+
+def test_a_label_lies_above_its_box_where_there_is_room():
+    font = font_for("", 12)
+    (place,) = place_labels([(50, 60, 150, 160)], ["person"], font, (300, 300))
+    assert place[[0, 3]].tolist() == [50, 60]
 
 
 def test_labels_of_one_spot_do_not_cover_each_other():
     boxes = [(100 + step, 100, 160 + step, 160) for step in (0, 2, 4, 6)]
     places = place_labels(boxes, ["person 0.90"] * 4, font_for("", 12), (300, 300))
-    overlaps = [
-        places[one].overlap(places[two]) for one in range(4) for two in range(4) if one != two
-    ]
-    assert sum(overlaps) == 0
+    area = (places[:, 2:] - places[:, :2]).prod(axis=1)
+    assert np.array_equal(overlap(places, places), area)  # each covers itself alone
 
 
 @pytest.mark.parametrize(("width", "size"), [(400, 12), (80, None), (5, 8)])

@@ -8,19 +8,30 @@ import numpy as np
 import pytest
 
 from engine.checkpoint import save_checkpoint
+from evaluate import main
 from nets.yolo import YoloV4
 from tests.factory import add_picture, write_split
 from utils.decode import read_anchors
+from utils.errors import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("cat", "dog")
 
 
-def run_evaluate(*flags):
-    """What `python evaluate.py` does: exit status, output and errors."""
-    command = [sys.executable, ROOT / "evaluate.py", "--device", "cpu", "--num_workers", "0"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def run_in_process(monkeypatch, capsys):
+    """What `python evaluate.py` does, without the seconds of starting it: status and errors."""
+
+    def run(*flags):
+        argv = ["evaluate.py", "--device", "cpu", "--num_workers", "0", *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            run_script(main)
+        except SystemExit as end:
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +69,10 @@ def voc(tmp_path_factory):
 
 def test_a_checkpoint_is_evaluated_and_the_results_written(weights, voc, tmp_path):
     folder = tmp_path / "new" / "results"
-    flags = ["--weights", weights, "--data", f"{voc}:test", "--save_dir", folder]
-    status, output, errors = run_evaluate(*flags, "--batch_size", "2")
-    assert status == 0, errors
+    flags = ["--weights", weights, "--data", f"{voc}:test", "--save_dir", folder, "--batch-size=2"]
+    command = [sys.executable, ROOT / "evaluate.py", "--device=cpu", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     values = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     assert {"AP50", "AP50_11point", "AP", "AP75", "counts", "thresholds"} <= values.keys()
     assert values["per_class"].keys() == set(NAMES)
@@ -71,12 +83,12 @@ def test_a_checkpoint_is_evaluated_and_the_results_written(weights, voc, tmp_pat
     assert values["config"]["weights"] == str(weights)
     assert cv2.imread(str(folder / "precision_recall.png")) is not None
     for part in ("3 pictures", "cat", "COCO", "NMS IoU 0.45", "pictures/s", str(folder)):
-        assert part in output
+        assert part in done.stdout
 
 
-def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path):
+def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path, run_in_process):
     flags = ["--weights", weights, "--data", f"{voc}:test", "--save_dir", tmp_path]
-    status, _, errors = run_evaluate(*flags, "--include-difficult")
+    status, errors = run_in_process(*flags, "--include-difficult")
     assert status == 0, errors
     values = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
     assert values["counts"]["ground_truth"] == 6
@@ -91,10 +103,19 @@ def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path):
         (["--weights", "WEIGHTS", "--data", "VOC:nosplit"], "nosplit"),
     ],
 )
-def test_what_the_user_can_mend_is_one_message_and_exit_status_2(flags, message, weights, voc):
-    given = {"WEIGHTS": str(weights), "VOC:nosplit": f"{voc}:nosplit"}
-    status, _, errors = run_evaluate(*(given.get(flag, flag) for flag in flags))
+def test_what_the_user_can_mend_is_one_message_and_exit_status_2(
+    flags, message, weights, voc, run_in_process
+):
+    given = {"WEIGHTS": weights, "VOC:nosplit": f"{voc}:nosplit"}
+    status, errors = run_in_process(*(given.get(flag, flag) for flag in flags))
     assert status == 2
-    assert errors.startswith("error: ")
+    assert errors.splitlines()[0].startswith("error: ")
     assert message in errors
     assert "Traceback" not in errors
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_work(weights, voc, run_in_process):
+    data = ["--data", f"{voc}:test", "--save_dir", weights / "below a file"]
+    status, errors = run_in_process("--weights", weights, *data)
+    assert status == 2
+    assert "--save_dir" in errors

@@ -241,7 +241,8 @@ def test_modes_come_back_after_an_error():
             modes.append(model.training)
             raise RuntimeError
 
-    pytest.raises(RuntimeError, fail_inside)
+    with pytest.raises(RuntimeError):
+        fail_inside()
     assert modes == [False]
     assert model.training
 

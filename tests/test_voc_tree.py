@@ -78,7 +78,7 @@ def test_splits_are_made_once_seeded_eight_to_one_to_one_and_said(tmp_path):
     }
     assert sorted(made["train"] + made["val"]) == made["trainval"]
     assert sorted(made["trainval"] + made["test"]) == [f"{i:03}" for i in range(20)]
-    assert made["test"] != ["018", "019"]
+    assert made["val"] + made["test"] != [f"{i:03}" for i in range(4)]
     assert [sample.image_id for sample in samples] == made["train"]
     assert "there were no splits: made train 16" in str(report)
     assert sorted(path.suffix for path in (root / "ImageSets" / "Main").iterdir()) == [".txt"] * 4
@@ -118,6 +118,20 @@ def test_a_read_only_tree_is_split_in_the_run_folder(tmp_path):
     assert len(val) == 1
     assert not report.notes
     assert "cannot be made" in refusal(f"{root}:train", NAMES)
+
+
+def test_two_read_only_trees_of_one_name_keep_their_own_splits(tmp_path):
+    roots = [
+        unsplit_tree(tmp_path / place / "VOC", count) for place, count in (("a", 3), ("b", 20))
+    ]
+    for root in roots:
+        make_read_only(root)
+    sizes = [len(read(root, tmp_path / "run")) for root in roots for _ in range(2)]
+    assert sizes == [1, 1, 16, 16]
+
+
+def read(root, split_dir):
+    return scan_split(f"{root}:train", NAMES, split_dir=split_dir)[0]
 
 
 def make_read_only(root):
@@ -187,6 +201,12 @@ def test_a_root_one_folder_too_high_is_noticed(root):
 )
 def test_specifications_are_split_at_plus_signs_and_last_colons(spec, parts):
     assert parse_spec(spec) == [(Path(root), split) for root, split in parts]
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert parse_spec("a:train+~/VOC:val")[1] == (tmp_path / "VOC", "val")
 
 
 @pytest.mark.parametrize("spec", ["", "VOC2007", "a:", ":train", "a:train+", "a:b+c", r"C:\VOC"])

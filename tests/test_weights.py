@@ -29,7 +29,8 @@ def checkpoint(network, **facts):
 
 
 def same(model, state, names=None):
-    return all(torch.equal(model.state_dict()[name], state[name]) for name in names or state)
+    found = model.state_dict()
+    return all(torch.equal(found[name], state[name]) for name in names or state)
 
 
 def copy_of(model):

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -20,21 +19,6 @@ SYSTEM_FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc"),
     *("Arial Unicode.ttf", "PingFang.ttc", "arial.ttf", "msyh.ttc", "malgun.ttf", "YuGothM.ttc"),
 )
-
-
-class Rectangle(NamedTuple):
-    """A label's place in whole pixels, right and bottom edge outside."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-
-    def overlap(self, other: "Rectangle") -> int:
-        """Common area in pixels."""
-        width = min(self.right, other.right) - max(self.left, other.left)
-        height = min(self.bottom, other.bottom) - max(self.top, other.top)
-        return max(0, width) * max(0, height)
 
 
 def draw_detections(image_rgb: np.ndarray, detections) -> np.ndarray:
@@ -176,28 +160,32 @@ def place_labels(
     texts: Sequence[str],
     font: Font,
     picture_wh: tuple[int, int],
-) -> list[Rectangle]:
-    """For each box the place that covers least of the labels before it, corner by corner."""
-    places: list[Rectangle] = []
-    for box, text in zip(boxes, texts, strict=True):
+) -> np.ndarray:
+    """For each box the place that covers least of the labels before it: (n, 4) whole pixels."""
+    places = np.zeros((len(boxes), 4), dtype=int)
+    for index, (box, text) in enumerate(zip(boxes, texts, strict=True)):
         candidates = candidate_places(box, label_size(text, font), picture_wh)
-        places.append(
-            min(candidates, key=lambda place: sum(place.overlap(other) for other in places))
-        )
+        places[index] = candidates[overlap(candidates, places[:index]).argmin()]
     return places
+
+
+def overlap(candidates: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(m, 4) and (n, 4) -> (m,) pixels that each candidate shares with all places together."""
+    top_left = np.maximum(candidates[:, None, :2], places[:, :2])
+    bottom_right = np.minimum(candidates[:, None, 2:], places[:, 2:])
+    return (bottom_right - top_left).clip(0).prod(axis=-1).sum(axis=-1)
 
 
 def candidate_places(
     box: Sequence[float], label_wh: tuple[int, int], picture_wh: tuple[int, int]
-) -> Iterator[Rectangle]:
-    """Above, below and inside the box, at its left and right edge, moved into the picture."""
+) -> np.ndarray:
+    """(8, 4): above, below and inside the box, left and right, moved into the picture."""
     width, height = label_wh
     x1, y1, x2, y2 = (round(value) for value in box)
-    for top in (y1 - height, y2, y1, y2 - height):
-        for left in (x1, x2 - width):
-            left = max(0, min(left, picture_wh[0] - width))
-            inside = max(0, min(top, picture_wh[1] - height))
-            yield Rectangle(left, inside, left + width, inside + height)
+    tops = np.array([y1 - height, y2, y1, y2 - height]).clip(0, max(0, picture_wh[1] - height))
+    lefts = np.array([x1, x2 - width]).clip(0, max(0, picture_wh[0] - width))
+    top, left = np.repeat(tops, 2), np.tile(lefts, 4)
+    return np.stack((left, top, left + width, top + height), axis=1)
 
 
 def label_size(text: str, font: Font) -> tuple[int, int]:
@@ -211,12 +199,12 @@ def margin(font: Font) -> int:
 
 
 def draw_label(
-    drawing: ImageDraw.ImageDraw, place: Rectangle, text: str, colour: Colour, font: Font
+    drawing: ImageDraw.ImageDraw, place: np.ndarray, text: str, colour: Colour, font: Font
 ) -> None:
-    """The text on a ground of its class's colour."""
-    drawing.rectangle((*place[:2], place.right - 1, place.bottom - 1), fill=colour)
-    position = (place.left + margin(font), place.top)
-    drawing.text(position, text, fill=text_colour(colour), font=font)
+    """The text on a ground of its class's colour. place: (4,) xyxy, whole pixels."""
+    left, top, right, bottom = place.tolist()
+    drawing.rectangle((left, top, right - 1, bottom - 1), fill=colour)
+    drawing.text((left + margin(font), top), text, fill=text_colour(colour), font=font)
 
 
 def fitting_font(font: Font, texts: Sequence[str], width: int) -> Font:

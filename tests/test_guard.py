@@ -1,0 +1,57 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.guard import BatchNormRollback, NonFiniteGuard
+from utils.errors import UserError
+
+
+def norms():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)
+    )
+
+
+def statistics(model):
+    return {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+
+
+def test_rollback_undoes_a_poisoned_forward():
+    model = norms()
+    rollback = BatchNormRollback(model)
+    model(torch.randn(2, 3, 4, 4))
+    before = statistics(model)
+    rollback.snapshot()
+    model(torch.full((2, 3, 4, 4), float("nan")))
+    assert not statistics(model)["1.running_mean"].isfinite().all()
+    rollback.restore_unless(torch.tensor(False))
+    for key, value in statistics(model).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_rollback_keeps_a_good_forward_and_changes_no_statistics_itself():
+    plain, guarded = norms(), norms()
+    guarded.load_state_dict(plain.state_dict())
+    rollback = BatchNormRollback(guarded)
+    picture = torch.randn(2, 3, 4, 4)
+    rollback.snapshot()
+    plain(picture), guarded(picture)
+    rollback.restore_unless(torch.tensor(True))
+    for key, value in plain.state_dict().items():
+        assert torch.equal(guarded.state_dict()[key], value), key
+
+
+def test_guard_names_pictures_and_terms_and_stops_after_a_few_in_a_row():
+    guard = NonFiniteGuard(limit=3)
+    terms = {"total": float("nan"), "loc": 0.5}
+    assert guard.check(terms, finite=True, pictures=["a.jpg"]) == ""
+    for _ in range(2):
+        message = guard.check(terms, finite=False, pictures=["a.jpg", "b.jpg"])
+        assert "a.jpg, b.jpg" in message
+        assert "total nan, loc 0.5" in message
+    assert guard.check(terms, finite=True, pictures=[]) == ""
+    for _ in range(2):
+        guard.check(terms, finite=False, pictures=["c.jpg"])
+    with pytest.raises(UserError, match=r"3 steps in a row.*total nan.*c\.jpg"):
+        guard.check(terms, finite=False, pictures=["c.jpg"])
+    assert guard.skipped == 5

@@ -1,0 +1,68 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from engine.runlog import COLUMNS, RunLog, new_run_folder, read_metrics
+from utils.errors import UserError
+
+
+def row(epoch, **more):
+    values = dict.fromkeys(("loss", "loc", "conf", "cls", "val_loss", "lr"), 0.5)
+    return {"epoch": epoch, "step": epoch * 10, "pictures_per_second": 3.0, **values, **more}
+
+
+def test_a_run_folder_must_be_empty_and_is_made(tmp_path):
+    folder = new_run_folder(str(tmp_path / "a" / "b"))
+    assert folder.is_dir()
+    assert new_run_folder(str(folder)) == folder  # empty: fine
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--resume"):
+        new_run_folder(str(folder))
+    with pytest.raises(UserError, match="cannot make"):
+        new_run_folder(str(folder / "notes.txt" / "c"))
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {new_run_folder("") for _ in range(5)}
+    assert len(folders) == 5
+
+
+def test_metrics_config_curves_and_events_are_written(tmp_path):
+    log = RunLog(tmp_path, {"lr": None, "name": "Größe"})
+    line = log.epoch(row(1))
+    assert "AP50" not in line
+    line = log.epoch(row(2, val_ap50=0.25, val_ap=0.1, f1=0.4, conf_threshold=0.3))
+    assert "AP50 0.2500" in line
+    log.picture("train_batch", np.zeros((32, 32, 3), np.uint8), 1)
+    log.close()
+    assert json.loads((tmp_path / "config.json").read_text("utf-8"))["name"] == "Größe"
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert ",".join(rows[0]).startswith("epoch,step,lr,loss,loc,conf,cls,val_loss,val_ap50,")
+    assert [r["val_ap50"] for r in rows] == ["", "0.25"]
+    for name in ("loss.png", "map.png", "train_batch.jpg"):
+        assert (tmp_path / name).stat().st_size > 100, name
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [10, 20]
+    assert events.Scalars("val/val_ap50")[0].value == 0.25
+
+
+def test_a_resumed_log_drops_later_and_cut_rows(tmp_path):
+    log = RunLog(tmp_path, {})
+    for epoch in (1, 2, 3):
+        log.epoch(row(epoch))
+    log.close()
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("4,40,0.5")  # killed in the middle of a line
+    log = RunLog(tmp_path, {}, last_epoch=2)
+    log.epoch(row(3, loss=0.75))
+    log.close()
+    rows = read_metrics(tmp_path / "metrics.csv", 99)
+    assert [r["epoch"] for r in rows] == ["1", "2", "3"]
+    assert rows[2]["loss"] == "0.75"
+    assert set(rows[0]) == set(COLUMNS)

@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch import nn
+
+from engine.optimizer import Ema, build_optimizer
+from engine.step import TrainStep, to_input
+
+CPU = torch.device("cpu")
+
+
+class SquareLoss(nn.Module):
+    """Stands for YOLOLoss: a term from the outputs, times what a target row asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        total = outputs.square().mean() * targets[:, 1].mean()
+        nothing = torch.zeros(())
+        names = ("loc", "conf", "cls", "positives", "ignored", "conf_positive_share")
+        return {"total": total, **dict.fromkeys(names, nothing)}
+
+
+def make_step(clip_norm=0.0, optimizer="sgd", bn=True):
+    torch.manual_seed(0)
+    middle = [nn.BatchNorm2d(4)] if bn else []
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), *middle, nn.BatchNorm2d(4) if bn else nn.Identity())
+    if not bn:
+        model.append(nn.BatchNorm2d(4, affine=False).eval())
+    ema = Ema(model, 0.9)
+    optim = build_optimizer(optimizer, model)
+    for group in optim.param_groups:
+        group["lr"] = 0.1
+    loss = SquareLoss()
+    return TrainStep(
+        model=model,
+        loss=loss,
+        optimizer=optim,
+        ema=ema,
+        device=CPU,
+        amp_dtype=None,
+        clip_norm=clip_norm,
+    )
+
+
+def batch(value=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return images, torch.tensor([[0, value, 0.5, 0.5, 0.1, 0.1]])
+
+
+def state_of(step):
+    tensors = {**step.model.state_dict(), **step.ema.module.state_dict(prefix="ema.")}
+    return {k: v.clone() for k, v in tensors.items() if "num_batches" not in k}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_loss_changes_nothing_and_the_next_step_learns(bad):
+    step = make_step()
+    assert step(*batch()).read()["finite"] == 1
+    before = state_of(step)
+    assert step(*batch(bad)).read()["finite"] == 0
+    model_part = {k: v for k, v in before.items() if not k.startswith("ema.")}
+    after = state_of(step)
+    for key, value in model_part.items():
+        assert torch.equal(after[key], value), key
+    assert all(value.isfinite().all() for value in after.values())
+    assert step(*batch()).read()["finite"] == 1
+    assert not torch.equal(state_of(step)["0.weight"], before["0.weight"])
+
+
+def test_one_bad_batch_of_an_accumulated_update_skips_the_update():
+    step = make_step()
+    before = step.model[0].weight.clone()
+    step(*batch(float("nan")), group_size=2, update=False)
+    assert step(*batch(), group_size=2, update=True).read()["finite"] == 0
+    assert torch.equal(step.model[0].weight, before)
+    assert step(*batch()).read()["finite"] == 1
+
+
+def test_accumulating_two_batches_is_the_mean_of_their_gradients():
+    step = make_step(bn=False)
+    weight = step.model[0].weight
+    gradients = []
+    for seed in (1, 2):
+        images, _ = batch(seed=seed)
+        step.model(to_input(images, CPU)).square().mean().backward()
+        gradients.append(weight.grad.clone())
+        step.model.zero_grad()
+    step.clip_norm = 1e9
+    captured = []
+    weight.register_post_accumulate_grad_hook(lambda p: captured.append(p.grad.clone()))
+    step(*batch(seed=1), group_size=2, update=False)
+    step(*batch(seed=2), group_size=2, update=True)
+    torch.testing.assert_close(captured[-1], (gradients[0] + gradients[1]) / 2)
+
+
+def test_clipping_limits_the_step_and_reports_the_unclipped_norm():
+    free, clipped = make_step(), make_step(clip_norm=1e-6)
+    norm = free(*batch(1e3)).read()["grad_norm"]
+    assert clipped(*batch(1e3)).read()["grad_norm"] == pytest.approx(norm)
+    steps = [step.model[2].bias.norm().item() for step in (free, clipped)]  # from 0, no decay
+    assert 0 < steps[1] < 1e-4 * steps[0]
+
+
+def test_a_rehearsal_leaves_no_trace():
+    step = make_step()
+    step(*batch())
+    before = {**step.model.state_dict(), **step.loss.state_dict()}
+    before = {key: value.clone() for key, value in before.items()}
+    step.rehearse(*batch(seed=3))
+    after = {**step.model.state_dict(), **step.loss.state_dict()}
+    for key, value in before.items():
+        assert torch.equal(after[key], value), key
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_pictures_become_channels_last_fractions():
+    images, _ = batch()
+    inputs = to_input(images, CPU)
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(inputs, images.float() / 255)

@@ -1,0 +1,334 @@
+import ast
+import csv
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools.make_sample_voc import make_sample
+from train import Config
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = {
+    *("config.json", "metrics.csv", "best.pt", "last.pt", "loss.png", "map.png"),
+    *("train_batch.jpg", "val_detections.jpg"),
+}
+
+
+def flags(voc, save_dir=None, **more):
+    """The flags of a run that takes a second."""
+    values = {
+        "train": f"{voc}:train",
+        "val": f"{voc}:val",
+        "classes_path": voc / "classes.txt",
+        "width": 0.01,
+        "depth": 0.01,
+        "input_shape": (64, 96),
+        "epochs": 3,
+        "batch_size": 4,
+        "num_workers": 0,
+        "eval_period": 2,
+        "device": "cpu",
+        **more,
+    }
+    if save_dir is not None:
+        values["save_dir"] = save_dir
+    found = []
+    for key, value in values.items():
+        found += [f"--{key}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return found
+
+
+def rows_of(folder):
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_times(rows):
+    timed = ("pictures_per_second", "seconds", "memory_gb")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def same_tensors(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_voc, tmp_path_factory):
+    """An uninterrupted run of three epochs: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    command = [sys.executable, "train.py", *flags(tiny_voc, folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_writes_its_folder_and_says_what_to_do_next(whole_run):
+    folder, printed = whole_run
+    names = {path.name for path in folder.iterdir()}
+    assert names >= FILES
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert f"python evaluate.py --weights {folder / 'best.pt'}" in printed
+    assert "python predict.py --weights" in printed
+    assert "red" in printed  # the data report names the classes
+    rows = rows_of(folder)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert all(float(row["val_loss"]) > 0 for row in rows)
+    assert [bool(row["val_ap50"]) for row in rows] == [False, True, True]  # period 2, and the last
+    assert json.loads((folder / "config.json").read_text())["input_shape"] == [64, 96]
+
+
+def test_checkpoints_hold_what_the_contract_says_and_are_plain(whole_run):
+    folder, _ = whole_run
+    best = torch.load(folder / "best.pt", weights_only=True)
+    last = torch.load(folder / "last.pt", weights_only=True)
+    wanted = [
+        "format_version",
+        "model",
+        "class_names",
+        "anchors",
+        "input_shape",
+        "width",
+        "depth",
+        "scale_xy",
+        "conf_loss",
+        "conf_threshold",
+        "config",
+        "epoch",
+        "metrics",
+    ]
+    resume = ["raw_model", "ema", "optimizer", "scaler", "schedule", "loss", "random", "step"]
+    assert set(best) == set(wanted)
+    assert set(last) == {*wanted, *resume}
+    assert last["epoch"] == 3
+    assert last["step"] == 6
+    assert best["class_names"] == ["red", "green"]
+    assert isinstance(best["conf_threshold"], float)
+    assert not same_tensors(last["model"], last["raw_model"])  # the EMA is not the raw model
+
+
+def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(whole_run, tiny_voc, tmp_path):
+    folder, _ = whole_run
+    command = [sys.executable, "train.py", *flags(tiny_voc, tmp_path / "b", num_workers=2)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
+    assert without_times(rows_of(tmp_path / "b")) == without_times(rows_of(folder))
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition(), "the process ended or took too long"
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole_run, tiny_voc, tmp_path, kind):
+    folder, _ = whole_run
+    cut = tmp_path / "cut"
+    command = [sys.executable, "train.py", *flags(tiny_voc, cut)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    wait_for((cut / "last.pt").exists, process)
+    process.send_signal(kind)
+    process.wait(timeout=120)
+    resumed = subprocess.run(
+        [sys.executable, "train.py", "--resume", str(cut)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert without_times(rows_of(cut)) == without_times(rows_of(folder))
+    ours = torch.load(cut / "last.pt", weights_only=True)
+    whole = torch.load(folder / "last.pt", weights_only=True)
+    assert same_tensors(ours["raw_model"], whole["raw_model"])
+    assert same_tensors(ours["model"], whole["model"])
+
+
+def test_a_resume_cannot_change_the_network_and_says_so(whole_run, run_script):
+    folder, _ = whole_run
+    done = run_script("train.py", "--resume", folder, "--width", 0.5)
+    assert done.returncode == 2
+    assert "cannot change width" in done.stderr
+    done = run_script("train.py", "--resume", folder, "--weights", folder / "best.pt")
+    assert done.returncode == 2
+    assert "leave --weights out" in done.stderr
+    done = run_script("train.py", "--resume", folder / "best.pt")
+    assert done.returncode == 2
+    assert "last.pt" in done.stderr
+
+
+def test_a_finished_run_can_be_given_more_epochs(whole_run, run_script, tmp_path):
+    folder = tmp_path / "more"
+    shutil.copytree(whole_run[0], folder)
+    done = run_script("train.py", "--resume", folder, "--epochs", 4)
+    assert done.returncode == 0, done.stderr
+    assert [row["epoch"] for row in rows_of(folder)] == ["1", "2", "3", "4"]
+
+
+def test_a_frozen_backbone_keeps_weights_and_statistics(whole_run, tiny_voc, run_script, tmp_path):
+    weights = whole_run[0] / "best.pt"
+    more = {"weights": weights, "epochs": 2, "freeze_epochs": 2, "freeze_batch_size": 4}
+    done = run_script("train.py", *flags(tiny_voc, tmp_path / "run", **more))
+    assert done.returncode == 0, done.stderr
+    before = torch.load(weights, weights_only=True)["model"]
+    after = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["raw_model"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert not any(name.startswith("backbone.") for name in changed)
+
+
+def test_unfreezing_moves_the_backbone_with_its_own_batch_size(
+    whole_run, tiny_voc, run_script, tmp_path
+):
+    weights = whole_run[0] / "best.pt"
+    more = {"weights": weights, "epochs": 2, "freeze_epochs": 1, "freeze_batch_size": 8}
+    done = run_script("train.py", *flags(tiny_voc, tmp_path / "run", **more))
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == ["1", "3"]
+    before = torch.load(weights, weights_only=True)["model"]
+    after = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["raw_model"]
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("backbone."))
+
+
+LOSSES = """
+import torch
+from torch import nn
+
+class Broken(nn.Module):
+    def forward(self, logits, targets):
+        return logits * float("nan")
+"""
+
+
+def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(tiny_voc, run_script, tmp_path):
+    (tmp_path / "my_losses.py").write_text(LOSSES)
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "train.py")),
+            *flags(tiny_voc, tmp_path / "run", conf_loss="my_losses:Broken", batch_size=1),
+            *("--anchors_path", str(ROOT / "model_data/yolo_anchors.txt")),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "5 steps in a row" in done.stderr
+    assert "conf nan" in done.stderr
+    assert "picture " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"input_shape": (64, 100)}, "multiples of 32"),
+        ({"freeze_epochs": 1}, "--weights"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"optimizer": "lion"}, "sgd, adam, adamw"),
+        ({"schedule": "linear"}, "cosine or step"),
+        ({"conf_loss": "focall"}, "Did you mean 'focal'"),
+        ({"device": "cuda:7"}, "--device cpu"),
+        ({"amp": "fp8"}, "bf16"),
+        ({"train": "nowhere:train"}, "nowhere"),
+        ({"classes_path": "nowhere.txt"}, "nowhere.txt"),
+    ],
+)
+def test_a_wrong_flag_is_one_message_and_status_2(tiny_voc, run_script, tmp_path, more, expected):
+    done = run_script("train.py", *flags(tiny_voc, tmp_path / "run", **more))
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_without_data_both_ways_out_are_said(tmp_path):
+    for name in ("voc_classes.txt", "yolo_anchors.txt"):
+        (tmp_path / "model_data").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "model_data" / name, tmp_path / "model_data" / name)
+    command = [sys.executable, str(ROOT / "train.py")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "VOCdevkit/VOC2007" in done.stderr
+    assert "python -m tools.make_sample_voc" in done.stderr
+    assert not list((tmp_path / "logs").glob("*"))  # no empty run folder stays
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tiny_voc, run_script, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    done = run_script("train.py", *flags(tiny_voc, tmp_path))
+    assert done.returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_every_knob_is_read():
+    tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        if node.value.id == "config"
+    }
+    assert {field.name for field in dataclasses.fields(Config)} <= read
+
+
+@pytest.mark.parametrize("focal", [False, True])
+def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, focal):
+    more = ["--focal_loss"] if focal else []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    torchrun += ["--master_port", str(29600 + focal)]
+    done = subprocess.run(
+        [*torchrun, "train.py", *flags(tiny_voc, tmp_path / "run", batch_size=3), *more],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["2", "4", "6"]  # 8 pictures, 6 a step
+    assert done.stdout.count("run folder:") == 1
+
+
+@pytest.mark.slow
+def test_eight_pictures_are_overfitted(run_script, tmp_path):
+    voc = tmp_path / "Sample"
+    make_sample(voc, images=30, seed=1, difficulty="easy", progress=False)
+    splits = voc / "ImageSets" / "Main"
+    eight = (splits / "train.txt").read_text().split()[:8]
+    (splits / "eight.txt").write_text("\n".join(eight))
+    done = run_script(
+        "train.py",
+        *flags(
+            voc,
+            tmp_path / "run",
+            train=f"{voc}:eight",
+            val=f"{voc}:eight",
+            width=0.15,
+            depth=0.01,
+            input_shape=(160, 160),
+            epochs=100,
+            batch_size=8,
+            optimizer="adam",
+            assigner="iou_threshold",
+            mosaic_prob=0,
+            jitter=0,
+            scale=(1, 1),
+            eval_period=50,
+            save_period=100,
+        ),
+    )
+    assert done.returncode == 0, done.stderr
+    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert best["metrics"]["AP50"] >= 0.95

@@ -1,0 +1,458 @@
+"""YOLOLoss against the fork's plain definition, and what it promises beyond it."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from losses.box_loss import BOX_LOSSES
+from losses.yolo_loss import YOLOLoss
+from tests.reference_loss import ANCHORS, reference_loss
+from utils.decode import decode
+from utils.errors import UserError
+
+SHAPE = (64, 96)
+BOTH = pytest.mark.parametrize("assigner", ["best_anchor", "iou_threshold"])
+
+
+def make_outputs(num_classes=3, shape=SHAPE, batch=2, dtype=torch.float32, scale=1.5):
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(batch, 3 * (5 + num_classes), shape[0] // s, shape[1] // s) for s in (8, 16, 32)]
+    maps = [torch.randn(size, generator=generator) * scale for size in sizes]
+    return [raw.to(dtype).requires_grad_() for raw in maps]
+
+
+def make_targets(count=12, num_classes=3, batch=2, ignore=0):
+    """Of all sizes; as many as `ignore` are ignore regions."""
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.rand(count, 6, generator=generator)
+    targets[:, 0] = torch.randint(0, batch, (count,), generator=generator)
+    targets[:, 1] = torch.randint(0, num_classes, (count,), generator=generator)
+    targets[:, 4:] = targets[:, 4:] ** 2 * 0.9 + 0.05
+    targets[:ignore, 1] = -1
+    return targets
+
+
+def make_loss(num_classes=3, **knobs):
+    return YOLOLoss(ANCHORS, num_classes, SHAPE, **knobs)
+
+
+def values(terms, names=("total", "loc", "conf", "cls")):
+    return {name: terms[name].item() for name in names}
+
+
+def gradients(terms, outputs):
+    return torch.autograd.grad(terms["total"], outputs, allow_unused=True)
+
+
+def assert_equals_reference(
+    outputs, targets, num_classes=3, *, shape=SHAPE, smoothing=0.0, **knobs
+):
+    loss = YOLOLoss(ANCHORS, num_classes, shape, label_smoothing=smoothing, **knobs)
+    ours = loss(outputs, targets)
+    names = {"focal_alpha": "alpha", "focal_gamma": "gamma"}
+    theirs = reference_loss(
+        outputs,
+        targets,
+        num_classes,
+        shape,
+        label_smoothing=smoothing,
+        **{names.get(key, key): value for key, value in knobs.items()},
+    )
+    assert values(ours) == pytest.approx(values(theirs), rel=1e-4)
+    for mine, reference in zip(gradients(ours, outputs), gradients(theirs, outputs), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-4 * reference.abs().max())
+
+
+# the original fork's loss
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"focal_loss": True},
+        {"focal_loss": True, "focal_alpha": 0.6, "focal_gamma": 1.5},
+        {"smoothing": 0.1},
+        {"ignore_threshold": 0.1},
+    ],
+)
+def test_the_defaults_equal_the_original_fork(knobs):
+    assert_equals_reference(make_outputs(), make_targets(), **knobs)
+
+
+def test_many_truths_in_few_cells_equal_the_original_fork():
+    targets = make_targets(300)
+    assert make_loss()(make_outputs(), targets)["positives"] < 280
+    assert_equals_reference(make_outputs(), targets)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 32), (64, 64)])
+@pytest.mark.parametrize(("num_classes", "batch"), [(1, 1), (1, 3), (5, 1)])
+def test_a_single_class_one_picture_and_other_shapes_equal_the_fork(num_classes, batch, shape):
+    outputs = make_outputs(num_classes, shape, batch)
+    targets = make_targets(8, num_classes, batch)
+    assert_equals_reference(outputs, targets, num_classes, shape=shape)
+
+
+def test_pictures_without_objects_equal_the_original_fork():
+    outputs, targets = make_outputs(batch=3), make_targets()
+    targets[:, 0] = 1
+    assert_equals_reference(outputs, targets)
+    assert_equals_reference(outputs, targets[:0])
+
+
+def test_ignore_regions_are_left_out_of_positives_and_negatives():
+    targets = make_targets(ignore=6)
+    assert_equals_reference(make_outputs(), targets, ignore_threshold=0.2)
+    terms = make_loss(ignore_threshold=0.2)(make_outputs(), targets)
+    without = make_loss(ignore_threshold=0.2)(make_outputs(), targets[6:])
+    assert terms["positives"] == without["positives"]
+    assert terms["ignored"] > without["ignored"]
+
+
+def test_channels_last_maps_and_shuffled_truths_change_nothing():
+    outputs, targets, loss = make_outputs(), make_targets(), make_loss()
+    expected = loss(outputs, targets)
+    last = [raw.detach().to(memory_format=torch.channels_last).requires_grad_() for raw in outputs]
+    terms = loss(last, targets.flip(0))
+    assert values(terms) == pytest.approx(values(expected))
+    for mine, other in zip(gradients(terms, last), gradients(expected, outputs), strict=True):
+        assert mine.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(mine, other)
+
+
+# numbers
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("focal_loss", [False, True])
+@pytest.mark.parametrize("size", [-1e4, 0.0, 1e4])
+def test_any_finite_logits_give_a_finite_loss_and_gradient(assigner, dtype, focal_loss, size):
+    outputs = [torch.full_like(raw, size) for raw in make_outputs(dtype=dtype)]
+    outputs = [raw.requires_grad_() for raw in outputs]
+    loss = make_loss(focal_loss=focal_loss, focal_gamma=0.5, assigner=assigner)
+    terms = loss(outputs, make_targets(ignore=2))
+    assert all(value.isfinite() and value.dtype == torch.float32 for value in terms.values())
+    assert all(gradient.isfinite().all() for gradient in gradients(terms, outputs))
+
+
+@pytest.mark.parametrize("box_loss", sorted(BOX_LOSSES))
+def test_boxes_equal_to_the_truth_give_a_finite_gradient(box_loss):
+    outputs = [torch.zeros_like(raw).requires_grad_() for raw in make_outputs()]
+    rows = [
+        [0, 0, (2 + 0.5) * s / SHAPE[1], (1 + 0.5) * s / SHAPE[0], w / SHAPE[1], h / SHAPE[0]]
+        for (w, h), s in zip(ANCHORS, (8, 8, 8, 16, 16, 16, 32, 32, 32), strict=True)
+    ]
+    terms = make_loss(box_loss=box_loss)(outputs, torch.tensor(rows))
+    assert terms["loc"].item() == pytest.approx(0, abs=1e-6)
+    assert terms["positives"] == 9
+    assert all(gradient.isfinite().all() for gradient in gradients(terms, outputs))
+
+
+@BOTH
+def test_no_targets_give_a_finite_differentiable_loss(assigner):
+    outputs = make_outputs()
+    terms = make_loss(assigner=assigner)(outputs, torch.zeros(0, 6))
+    assert values(terms, ("loc", "cls", "positives", "ignored")) == dict.fromkeys(
+        ("loc", "cls", "positives", "ignored"), 0
+    )
+    assert terms["conf"] == terms["total"] > 0
+    for gradient in gradients(terms, outputs):
+        cells = gradient.unflatten(1, (3, -1))
+        assert cells[:, :, 4].isfinite().all()
+        assert not cells[:, :, :4].any()
+        assert not cells[:, :, 5:].any()
+
+
+def test_total_is_the_sum_and_stays_float32_under_autocast():
+    outputs = make_outputs(dtype=torch.bfloat16)
+    plain = make_loss()(outputs, make_targets())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = make_loss()(outputs, make_targets())
+    assert terms["total"].item() == pytest.approx(
+        sum(terms[name].item() for name in ("loc", "conf", "cls"))
+    )
+    assert values(terms) == values(plain)
+    assert all(value.dtype == torch.float32 for value in terms.values())
+
+
+@BOTH
+def test_the_same_batch_gives_the_same_bits(assigner):
+    loss, targets = make_loss(assigner=assigner), make_targets(100)
+    runs = []
+    for _ in range(2):
+        outputs = make_outputs()
+        runs.append(gradients(loss(outputs, targets), outputs))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@BOTH
+@pytest.mark.parametrize("conf_loss", ["focal", "tests.test_yolo_loss:Recorder(wants_mask=True)"])
+def test_no_shape_or_branch_depends_on_the_data(assigner, conf_loss):
+    # Fake tensors have shapes and no values: whatever asks the device for one raises.
+    loss = make_loss(assigner=assigner, conf_loss=conf_loss)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        outputs = [mode.from_tensor(raw.detach()).requires_grad_() for raw in make_outputs()]
+        terms = loss(outputs, mode.from_tensor(make_targets()))
+        assert [g.shape for g in gradients(terms, outputs)] == [raw.shape for raw in outputs]
+
+
+# the plug
+
+
+class Recorder(nn.Module):
+    """Squared error that keeps what it was given and declares what it is told to."""
+
+    def __init__(self, wants_iou=False, wants_mask=False, normalizer="mean", gain=1.0):
+        super().__init__()
+        self.wants_iou, self.wants_mask = wants_iou, wants_mask
+        self.normalizer, self.gain = normalizer, gain
+        self.calls = []
+
+    def forward(self, logits, targets, *mask):
+        self.calls.append((logits.detach(), targets, *mask))
+        return (logits - targets) ** 2
+
+
+def recorded(targets=None, **declared):
+    """The loss, its terms and the one call of a Recorder."""
+    arguments = ", ".join(f"{key}={value!r}" for key, value in declared.items())
+    loss = make_loss(conf_loss=f"tests.test_yolo_loss:Recorder({arguments})", ignore_threshold=0.2)
+    terms = loss(make_outputs(), make_targets() if targets is None else targets)
+    (call,) = loss.conf_loss.calls
+    return terms, call
+
+
+def test_the_plug_is_called_once_with_all_cells_in_decodes_order():
+    _, (logits, targets) = recorded()
+    decoded = decode([raw.detach() for raw in make_outputs()], ANCHORS, SHAPE)
+    torch.testing.assert_close(logits.sigmoid(), decoded[..., 4])
+    assert set(targets.unique().tolist()) == {0, 1}
+
+
+def test_a_loss_that_wants_the_mask_gets_the_counted_cells():
+    terms, (logits, targets, mask) = recorded(wants_mask=True)
+    assert mask.dtype == torch.bool
+    assert mask.shape == logits.shape
+    assert (~mask).sum() == terms["ignored"] > 0
+    assert mask[targets > 0].all()
+
+
+def test_a_loss_that_wants_iou_gets_the_iou_of_each_positives_box():
+    target = torch.tensor([[1, 0, 0.5, 0.5, 0.3, 0.5]])
+    _, (_, targets) = recorded(target, wants_iou=True)
+    _, (_, binary) = recorded(target)
+    ((image, cell),) = binary.nonzero().tolist()
+    box = decode([raw.detach() for raw in make_outputs()], ANCHORS, SHAPE)[image, cell, :4]
+    truth = torch.tensor([0.35 * 96, 0.25 * 64, 0.65 * 96, 0.75 * 64])
+    inner = (torch.minimum(box[2:], truth[2:]) - torch.maximum(box[:2], truth[:2])).clamp(min=0)
+    areas = [(corners[2:] - corners[:2]).prod() for corners in (box, truth)]
+    iou = inner.prod() / (sum(areas) - inner.prod())
+    assert targets[image, cell].item() == pytest.approx(iou.item(), rel=1e-4)
+    assert targets.count_nonzero() == 1
+
+
+def test_an_iou_target_stays_above_zero():
+    _, (_, targets) = recorded(make_targets(60), wants_iou=True)
+    _, (_, binary) = recorded(make_targets(60))
+    assert torch.equal(targets > 0, binary > 0)
+    assert targets[targets > 0].min().item() == pytest.approx(1e-3)
+
+
+def test_gain_and_normalizer_are_applied_as_declared():
+    mean, (logits, targets, mask) = recorded(wants_mask=True, gain=3.0)
+    positives, _ = recorded(normalizer="positives", gain=3.0)
+    losses = ((logits - targets) ** 2 * mask).split([288, 72, 18], dim=1)
+    counts = [part.sum() for part in mask.split([288, 72, 18], dim=1)]
+    sums = [balance * part.sum() for balance, part in zip((4, 1, 0.4), losses, strict=True)]
+    factor = 5 * 64 * 96 / 416**2
+    expected = 3 * factor * sum(s / n for s, n in zip(sums, counts, strict=True))
+    torch.testing.assert_close(mean["conf"].detach(), expected)
+    torch.testing.assert_close(positives["conf"].detach(), 3 * sum(sums) / (targets > 0).sum())
+    nothing, (logits, _) = recorded(torch.zeros(0, 6), normalizer="positives")
+    parts = (logits**2).split([288, 72, 18], dim=1)
+    expected = sum(b * part.sum() for b, part in zip((4, 1, 0.4), parts, strict=True))
+    torch.testing.assert_close(nothing["conf"].detach(), expected)
+
+
+def test_the_positives_share_is_that_of_the_gradient_and_needs_one():
+    outputs, loss = make_outputs(), make_loss(focal_loss=True)
+    terms = loss(outputs, make_targets())
+    _, (_, binary) = recorded()
+    parts = torch.autograd.grad(terms["conf"], outputs)
+    size = torch.cat(
+        [g.unflatten(1, (3, -1))[:, :, 4].permute(0, 2, 3, 1).flatten(1) for g in parts], dim=1
+    ).abs()
+    share = (size * binary).sum() / size.sum()
+    torch.testing.assert_close(terms["conf_positive_share"], share)
+    with torch.inference_mode():
+        assert "conf_positive_share" not in loss(outputs, make_targets())
+
+
+# knobs
+
+
+def test_the_focal_knobs_change_the_confidence_term_and_nothing_else():
+    outputs, targets = make_outputs(), make_targets()
+    plain = values(make_loss()(outputs, targets))
+    seen = {plain["conf"]}
+    for knobs in ({}, {"focal_alpha": 0.5}, {"focal_gamma": 1.0}):
+        focal = values(make_loss(focal_loss=True, **knobs)(outputs, targets))
+        assert (focal["loc"], focal["cls"]) == (plain["loc"], plain["cls"])
+        seen.add(focal["conf"])
+    assert len(seen) == 4
+
+
+def test_focal_with_gamma_0_and_alpha_half_is_ten_halves_of_bce():
+    outputs, targets = make_outputs(), make_targets()
+    focal = make_loss(focal_loss=True, focal_gamma=0, focal_alpha=0.5)(outputs, targets)
+    assert focal["conf"].item() == pytest.approx(5 * make_loss()(outputs, targets)["conf"].item())
+
+
+def test_the_shorthand_is_the_spec():
+    outputs, targets = make_outputs(), make_targets()
+    short = make_loss(focal_loss=True, focal_alpha=0.4, focal_gamma=1.5)(outputs, targets)
+    spec = make_loss(conf_loss="focal(alpha=0.4, gamma=1.5)")(outputs, targets)
+    assert values(short) == values(spec)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "terms"),
+    [
+        ({"box_loss": "giou"}, {"loc"}),
+        ({"label_smoothing": 0.1}, {"cls"}),
+        ({"cls_loss": "focal"}, {"cls"}),
+        ({"cls_loss": "focal(gamma=1)"}, {"cls"}),
+        ({"assigner": "iou_threshold"}, {"loc", "conf", "cls"}),
+        ({"ignore_threshold": 0.2}, {"conf"}),
+        ({"scale_xy": (1.2, 1.1, 1.05)}, {"loc"}),
+        ({"balance": (1.0, 1.0, 1.0)}, {"conf"}),
+        ({"conf_loss": "focal"}, {"conf"}),
+    ],
+)
+def test_each_knob_changes_its_terms(knobs, terms):
+    outputs, targets = make_outputs(), make_targets()
+    before, after = (values(make_loss(**k)(outputs, targets)) for k in ({}, knobs))
+    changed = {name for name in ("loc", "conf", "cls") if before[name] != after[name]}
+    assert changed - {"conf"} == terms - {"conf"}
+    assert changed >= terms
+
+
+def test_anchor_threshold_and_input_shape_change_something():
+    outputs, targets = make_outputs(), make_targets()
+    few, many = (
+        make_loss(assigner="iou_threshold", anchor_threshold=t)(outputs, targets)
+        for t in (0.9, 0.1)
+    )
+    assert few["positives"] < many["positives"]
+    small, large = (YOLOLoss(ANCHORS, 3, s)(outputs, targets) for s in ((64, 96), (128, 96)))
+    assert large["conf"].item() == pytest.approx(2 * small["conf"].item())
+    assert large["cls"] == small["cls"]
+
+
+def test_cls_focal_is_the_elementwise_focal_with_its_gain():
+    outputs, targets = make_outputs(), make_targets()
+    half = make_loss(cls_loss="focal(alpha=0.5, gamma=0)")(outputs, targets)
+    assert half["cls"].item() == pytest.approx(5 * make_loss()(outputs, targets)["cls"].item())
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"focal_loss": True, "conf_loss": "focal"}, "both given"),
+        ({"conf_loss": "fokal"}, "Did you mean 'focal'"),
+        ({"focal_loss": True, "focal_gamma": -1.0}, "gamma"),
+        ({"cls_loss": "softmax"}, "unknown"),
+        ({"cls_loss": "focal", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"cls_loss": "tests.test_yolo_loss:Recorder(wants_mask=True)"}, "across cells"),
+        ({"box_loss": "piou"}, "ciou, siou, eiou"),
+        ({"assigner": "all"}, "best_anchor, iou_threshold"),
+        ({"label_smoothing": -0.1}, "label_smoothing"),
+        ({"ignore_threshold": 2.0}, "ignore_threshold"),
+        ({"anchor_threshold": float("nan")}, "anchor_threshold"),
+        ({"balance": (1.0, 1.0)}, "balance"),
+        ({"scale_xy": (1.0,)}, "scale_xy"),
+        ({"num_classes": 0}, "num_classes"),
+    ],
+)
+def test_a_bad_argument_is_an_error_that_says_so(knobs, message):
+    with pytest.raises(UserError, match=message):
+        make_loss(**knobs)
+
+
+def test_anchors_that_are_not_nine_pairs_are_an_error():
+    with pytest.raises(UserError, match="nine"):
+        YOLOLoss(ANCHORS[:6], 3, SHAPE)
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        make_outputs(num_classes=4),
+        make_outputs()[:2],
+        make_outputs()[::-1],
+        [],
+        [raw[0] for raw in make_outputs()],
+    ],
+)
+def test_outputs_that_do_not_fit_are_an_error_that_names_the_classes(outputs):
+    with pytest.raises(UserError, match="3 classes need three maps of 24 channels"):
+        make_loss()(outputs, make_targets())
+
+
+def test_constants_follow_the_device_and_stay_out_of_checkpoints():
+    loss = make_loss(focal_loss=True)
+    assert not loss.state_dict()
+    assert {name for name, _ in loss.named_buffers()} == {"anchors", "strides", "scales", "balance"}
+    assert make_loss().prior_pi is None
+
+
+# several processes
+
+
+def rank_step(rank, folder):
+    """One of two ranks: pictures 0 and 1, or picture 2, which has no object."""
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    pictures, targets = ((0, 2), make_targets()) if rank == 0 else ((2, 3), torch.zeros(0, 6))
+    outputs = [raw.detach()[slice(*pictures)].requires_grad_() for raw in make_outputs(batch=3)]
+    for normalizer in ("mean", "positives"):
+        spec = f"tests.test_yolo_loss:Recorder(normalizer={normalizer!r})"
+        terms = make_loss(conf_loss=spec)(outputs, targets)
+        step = {"terms": values(terms), "gradients": gradients(terms, outputs)}
+        torch.save(step, f"{folder}/{normalizer}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_mean_is_the_loss_of_the_joint_batch(tmp_path):
+    torch.multiprocessing.spawn(rank_step, args=(str(tmp_path),), nprocs=2)
+    for normalizer in ("mean", "positives"):
+        outputs = make_outputs(batch=3)
+        spec = f"tests.test_yolo_loss:Recorder(normalizer={normalizer!r})"
+        joint = make_loss(conf_loss=spec)(outputs, make_targets())
+        ranks = [torch.load(tmp_path / f"{normalizer}-{rank}.pt") for rank in (0, 1)]
+        mean = {key: (ranks[0]["terms"][key] + ranks[1]["terms"][key]) / 2 for key in values(joint)}
+        assert mean == pytest.approx(values(joint), rel=1e-5)
+        for scale, whole in enumerate(gradients(joint, outputs)):
+            parts = torch.cat([rank["gradients"][scale] for rank in ranks])
+            torch.testing.assert_close(parts / 2, whole)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@BOTH
+def test_on_a_gpu_nothing_waits_for_the_device_and_the_numbers_are_the_same(assigner):
+    loss, targets = make_loss(assigner=assigner, focal_loss=True), make_targets(60, ignore=5)
+    expected = loss(make_outputs(), targets)
+    loss, targets = loss.cuda(), targets.cuda()
+    outputs = [raw.detach().cuda().requires_grad_() for raw in make_outputs()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        terms = loss(outputs, targets)
+        terms["total"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert values(terms) == pytest.approx(values(expected), rel=1e-4)

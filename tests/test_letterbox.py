@@ -94,8 +94,9 @@ def test_resize_is_pil_bicubic_shrinking_and_enlarging(size_hw):
 
 def test_resize_takes_any_view_of_a_picture():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
-    image.flags.writeable = False
-    for view in (image, image[::-1, :, ::-1], image[5:30, 7:50], image[:, ::2]):
+    read_only = image.copy()
+    read_only.flags.writeable = False
+    for view in (read_only, image[::-1, :, ::-1], image[5:30, 7:50], image[:, ::2]):
         assert (resize(view, (20, 20)) == resize(view.copy(), (20, 20))).all()
 
 

@@ -24,16 +24,18 @@ def write_picture(path, height=50, width=80, seed=0):
     return path
 
 
-def write_video(path, frames=11, size_hw=(63, 95), fps=12.5):
+def write_video(path, frames=5, size_hw=(63, 95), fps=12.5):
     with VideoWriter(path, fps, size_hw) as writer:
         for index in range(frames):
-            writer.write(np.full((*size_hw, 3), 20 * index, np.uint8))
+            writer.write(np.full((*size_hw, 3), 40 * index, np.uint8))
     return path
 
 
-def run_script(*arguments):
-    command = [sys.executable, str(ROOT / "predict.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+def run_predict(*arguments):
+    command = [sys.executable, ROOT / "predict.py", *arguments]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, encoding="utf-8", timeout=300
+    )
 
 
 def run_main(monkeypatch, **flags):
@@ -69,7 +71,7 @@ def mixed_run(weights, tmp_path_factory):
     (source / "broken.mp4").write_bytes(b"no video")
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     out = root / "out"
-    result = run_script(
+    result = run_predict(
         *("--weights", weights, "--source", source, "--save_dir", out),
         *("--device", "cpu", "--batch-size", 2, "--nms_iou", 0.3),
     )
@@ -83,7 +85,7 @@ def test_a_folder_gives_a_record_for_each_picture_and_frame(mixed_run):
     assert told == [
         *(("a.jpg", None), ("a.png", None), ("Ärger.JPG", None)),
         *(("a.mov", index) for index in range(3)),
-        *(("a.mp4", index) for index in range(11)),
+        *(("a.mp4", index) for index in range(5)),
     ]
     assert [(record["width"], record["height"]) for record in records[:3]] == [
         *((40, 60), (80, 50), (90, 30))
@@ -117,7 +119,7 @@ def test_drawn_pictures_and_videos_lie_under_names_of_their_own(mixed_run, weigh
 
 def test_a_drawn_video_has_every_frame_and_the_rate_of_its_source(mixed_run):
     _, out, _, _ = mixed_run
-    for name, count in (("a.mp4", 3), ("a-2.mp4", 11)):
+    for name, count in (("a.mp4", 3), ("a-2.mp4", 5)):
         video = VideoReader(out / name)
         assert (video.fps, video.frame_count, len(list(video))) == (12.5, count, count)
 
@@ -130,7 +132,7 @@ def test_what_could_not_be_read_is_told_at_the_end_and_the_status_is_2(mixed_run
     assert str(source / "broken.mp4") in result.stderr
     assert "Traceback" not in result.stderr
     assert "2 other files or folders left out" in result.stdout
-    assert "17 pictures or frames" in result.stdout
+    assert "11 pictures or frames" in result.stdout
     assert "disc" in result.stdout
 
 
@@ -235,10 +237,3 @@ def test_bad_flags_are_refused_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         run_main(monkeypatch, **{"weights": weights, "source": "a.png", "save_dir": "out", **flags})
     assert not (tmp_path / "out").exists()
-
-
-def test_the_script_prints_a_users_mistake_alone_and_exits_with_2():
-    result = run_script("--weights", "nowhere.pt", "--source", ROOT / "nowhere")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: --source")
-    assert "Traceback" not in result.stderr

@@ -1,5 +1,6 @@
 """VOC pictures as network input: letterboxed for validation, augmented for training."""
 
+import math
 from collections.abc import Sequence
 
 import cv2
@@ -52,8 +53,9 @@ class VocDataset(Dataset[Item]):
         self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
         self.augmentation = augmentation or Augmentation()
         # Validation keeps what letterbox makes of a picture, so that the cache changes no pixel.
-        largest = max(1.0, self.augmentation.scale[1]) if train else 1
-        limit_hw = tuple(int(side * largest) for side in self.input_shape)
+        scales = (self.augmentation.scale[1], self.augmentation.mosaic_scale[1])
+        limit_hw = tuple(math.ceil(side * max(scales)) for side in self.input_shape)
+        limit_hw = limit_hw if train else self.input_shape
         self._pictures = PictureCache(samples, limit_hw, int(cache_gb * GIB) if cache else 0)
         # Shared memory: persistent workers hold copies of this object, but see this tensor.
         self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()

@@ -225,8 +225,8 @@ def _report(spec: str, pictures: Sequence[_Picture], class_names: Sequence[str])
         backgrounds=sum(not picture.names for picture in pictures),
         boxes={name: boxes[name] for name in class_names},
         difficult=sum(int(picture.difficult.sum()) for picture in pictures),
-        swapped=sum(boxes.swapped for boxes in repaired),
-        clipped=sum(boxes.clipped for boxes in repaired),
-        dropped_tiny=sum(boxes.dropped_tiny for boxes in repaired),
-        rotated=sum(boxes.rotated for boxes in repaired),
+        swapped=sum(repair.swapped for repair in repaired),
+        clipped=sum(repair.clipped for repair in repaired),
+        dropped_tiny=sum(repair.dropped_tiny for repair in repaired),
+        rotated=sum(repair.rotated for repair in repaired),
     )

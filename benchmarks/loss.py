@@ -1,0 +1,113 @@
+"""The loss against the plain reference, forward and backward, side by side in one process.
+
+python -m benchmarks.loss [--device cuda --batch_size 64 ...]
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import tyro
+from torch import Tensor
+
+from losses.assign import ASSIGNERS
+from losses.yolo_loss import YOLOLoss
+from tests.reference_loss import ANCHORS, reference_loss
+from utils.decode import STRIDES
+from utils.errors import UserError, run_script
+
+
+@dataclass(frozen=True)
+class Config:
+    # Every line is also a flag; its comment is the flag's help.
+    device: str = "cpu"  # cpu or cuda
+    batch_size: int = 8  # pictures
+    input_shape: tuple[int, int] = (416, 416)  # height, width in pixels; multiples of 32
+    num_classes: int = 80  # as COCO
+    boxes: int = 15  # ground truths a picture
+    focal_loss: bool = False  # the focal confidence term instead of BCE
+    assigner: str = "best_anchor"  # of ours; the reference knows best_anchor alone
+    rounds: int = 10  # timed steps of each, alternating
+    seed: int = 0  # of maps and boxes
+
+
+def make_batch(config: Config) -> tuple[list[Tensor], Tensor]:
+    """Random raw maps, as leaves that take gradients, and boxes of all sizes."""
+    torch.manual_seed(config.seed)
+    channels, (height, width) = 3 * (5 + config.num_classes), config.input_shape
+    sizes = [(config.batch_size, channels, height // s, width // s) for s in STRIDES]
+    outputs = [torch.randn(size).to(config.device).requires_grad_() for size in sizes]
+    targets = torch.rand(config.batch_size * config.boxes, 6)
+    targets[:, 0] = torch.arange(config.batch_size).repeat_interleave(config.boxes)
+    targets[:, 1] = torch.randint(config.num_classes, (len(targets),))
+    targets[:, 4:] = 0.02 + 0.6 * targets[:, 4:] ** 2
+    return outputs, targets.to(config.device)
+
+
+def step_seconds(step: Callable[[], dict[str, Tensor]], outputs: list[Tensor]) -> float:
+    """Forward and backward, until the device has finished."""
+    for raw in outputs:
+        raw.grad = None
+    synchronize(outputs[0].device)
+    start = time.perf_counter()
+    step()["total"].backward()
+    synchronize(outputs[0].device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def check_no_sync(step: Callable[[], dict[str, Tensor]]) -> None:
+    """On CUDA a step that waits for the device raises here."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()["total"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    print("no synchronisation inside the loss: checked with set_sync_debug_mode('error')")
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device. Use --device cpu.")
+    if config.assigner not in ASSIGNERS:
+        raise UserError(f"--assigner {config.assigner}: allowed are {', '.join(ASSIGNERS)}.")
+    outputs, targets = make_batch(config)
+    shape, classes = config.input_shape, config.num_classes
+    loss = YOLOLoss(
+        ANCHORS, classes, shape, focal_loss=config.focal_loss, assigner=config.assigner
+    ).to(config.device)
+
+    def ours() -> dict[str, Tensor]:
+        return loss(outputs, targets)
+
+    def reference() -> dict[str, Tensor]:
+        return reference_loss(outputs, targets, classes, shape, focal_loss=config.focal_loss)
+
+    print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"total: ours {ours()['total'].item():.6f}, reference {reference()['total'].item():.6f}")
+    seconds: dict[str, list[float]] = {"ours": [], "reference": []}
+    for turn in range(config.rounds + 1):
+        for name, step in (("ours", ours), ("reference", reference)):
+            taken = step_seconds(step, outputs)
+            if turn:  # the first is a warm-up
+                seconds[name].append(taken)
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, times in seconds.items():
+        print(f"{name:9} median {1e3 * median[name]:8.2f} ms, fastest {1e3 * min(times):8.2f} ms")
+    gradient_bytes = sum(raw.numel() * raw.element_size() for raw in outputs)
+    gb_per_s = gradient_bytes / median["ours"] / 1e9
+    print(f"ours writes {gradient_bytes / 1e6:.1f} MB of gradients at least: {gb_per_s:.1f} GB/s")
+    print(f"ratio {median['reference'] / median['ours']:.2f} (reference / ours)")
+    if config.device == "cuda":
+        check_no_sync(ours)
+
+
+if __name__ == "__main__":
+    run_script(main)

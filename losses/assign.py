@@ -15,7 +15,8 @@ from torch import Tensor
 from utils.decode import STRIDES
 
 # Pairs of a ground truth and a predicted box that the ignore test holds at once. On a CPU a plane
-# of a megabyte stays in the cache: 5 times as fast as 2**20 pairs; a GPU wants few launches.
+# of a megabyte stays in the cache (2.6 ms for 2**20 pairs in all, 3.7 ms undivided); a GPU wants
+# few launches.
 PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
 
 

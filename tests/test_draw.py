@@ -84,7 +84,7 @@ def test_colours_are_stable_and_the_first_eighty_are_distinct():
 
 @pytest.mark.parametrize(
     ("background", "expected"),
-    [((255, 255, 255), 0), ((0, 0, 0), 255), ((255, 255, 0), 0), ((0, 0, 255), 255)],
+    [((255, 255, 0), 0), ((0, 0, 0), 255), ((120, 120, 120), 0), ((110, 110, 110), 255)],
 )
 def test_label_text_is_black_or_white_by_contrast(background, expected):
     assert text_colour(background) == (expected,) * 3
@@ -142,6 +142,13 @@ def test_labels_of_one_spot_do_not_cover_each_other():
 def test_a_label_wider_than_the_picture_is_set_smaller_but_legible(width, size):
     font = fitting_font(font_for("", 12), ["x 0.50", "traffic light 0.50"], width)
     assert font.size == size or label_size("traffic light 0.50", font)[0] <= width < 85
+
+
+def test_drawing_uses_the_size_that_fits():
+    drawn = draw_boxes(plain(60, 85), [(0, 40, 2, 42)], [1], NAMES[:2], [0.5])
+    is_ground = (drawn == np.array(class_colour(1))).all(axis=-1)
+    assert is_ground.any(axis=0)[0]
+    assert not is_ground.any(axis=0)[-1]  # 90 px at size 12, 82 at size 11
 
 
 def test_a_font_is_found_for_any_name_and_what_it_lacks_becomes_the_class_number():

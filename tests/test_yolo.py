@@ -196,11 +196,11 @@ def test_cascaded_pools_equal_parallel_pools_in_darknets_order(size):
 
 def test_the_prior_is_the_objectness_of_zero_features():
     model = small_model(num_classes=3)
-    model.set_objectness_prior(0.01)
+    model.set_objectness_prior(0.03)
     for head in (model.head_p3, model.head_p4, model.head_p5):
         logits = head.output(torch.zeros(1, head.output.in_channels, 2, 2)).view(1, 3, 8, 2, 2)
         probability = logits[:, :, 4].sigmoid()
-        torch.testing.assert_close(probability, torch.full_like(probability, 0.01))
+        torch.testing.assert_close(probability, torch.full_like(probability, 0.03))
         assert not logits[:, :, [0, 1, 2, 3, 5, 6, 7]].any()
 
 

@@ -1,16 +1,13 @@
-"""YOLOLoss against the fork's plain definition, and what it promises beyond it."""
+"""YOLOLoss against the fork's plain definition, and its promises about numbers and machines."""
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from losses.box_loss import BOX_LOSSES
 from losses.yolo_loss import YOLOLoss
 from tests.reference_loss import ANCHORS, reference_loss
-from utils.decode import decode
-from utils.errors import UserError
 
 SHAPE = (64, 96)
 BOTH = pytest.mark.parametrize("assigner", ["best_anchor", "iou_threshold"])
@@ -63,9 +60,6 @@ def assert_equals_reference(
     assert values(ours) == pytest.approx(values(theirs), rel=1e-4)
     for mine, reference in zip(gradients(ours, outputs), gradients(theirs, outputs), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-4 * reference.abs().max())
-
-
-# the original fork's loss
 
 
 @pytest.mark.parametrize(
@@ -123,9 +117,6 @@ def test_channels_last_maps_and_shuffled_truths_change_nothing():
         torch.testing.assert_close(mine, other)
 
 
-# numbers
-
-
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("focal_loss", [False, True])
@@ -172,6 +163,9 @@ def test_total_is_the_sum_and_stays_float32_under_autocast():
     plain = make_loss()(outputs, make_targets())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = make_loss()(outputs, make_targets())
+        loss = make_loss(conf_loss="tests.test_yolo_loss_knobs:Recorder")
+        loss(outputs, make_targets())
+    assert not loss.conf_loss.autocast
     assert terms["total"].item() == pytest.approx(
         sum(terms[name].item() for name in ("loc", "conf", "cls"))
     )
@@ -190,7 +184,9 @@ def test_the_same_batch_gives_the_same_bits(assigner):
 
 
 @BOTH
-@pytest.mark.parametrize("conf_loss", ["focal", "tests.test_yolo_loss:Recorder(wants_mask=True)"])
+@pytest.mark.parametrize(
+    "conf_loss", ["focal", "tests.test_yolo_loss_knobs:Recorder(wants_mask=True)"]
+)
 def test_no_shape_or_branch_depends_on_the_data(assigner, conf_loss):
     # Fake tensors have shapes and no values: whatever asks the device for one raises.
     loss = make_loss(assigner=assigner, conf_loss=conf_loss)
@@ -200,219 +196,6 @@ def test_no_shape_or_branch_depends_on_the_data(assigner, conf_loss):
         assert [g.shape for g in gradients(terms, outputs)] == [raw.shape for raw in outputs]
 
 
-# the plug
-
-
-class Recorder(nn.Module):
-    """Squared error that keeps what it was given and declares what it is told to."""
-
-    def __init__(self, wants_iou=False, wants_mask=False, normalizer="mean", gain=1.0):
-        super().__init__()
-        self.wants_iou, self.wants_mask = wants_iou, wants_mask
-        self.normalizer, self.gain = normalizer, gain
-        self.calls = []
-
-    def forward(self, logits, targets, *mask):
-        self.calls.append((logits.detach(), targets, *mask))
-        return (logits - targets) ** 2
-
-
-def recorded(targets=None, **declared):
-    """The loss, its terms and the one call of a Recorder."""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in declared.items())
-    loss = make_loss(conf_loss=f"tests.test_yolo_loss:Recorder({arguments})", ignore_threshold=0.2)
-    terms = loss(make_outputs(), make_targets() if targets is None else targets)
-    (call,) = loss.conf_loss.calls
-    return terms, call
-
-
-def test_the_plug_is_called_once_with_all_cells_in_decodes_order():
-    _, (logits, targets) = recorded()
-    decoded = decode([raw.detach() for raw in make_outputs()], ANCHORS, SHAPE)
-    torch.testing.assert_close(logits.sigmoid(), decoded[..., 4])
-    assert set(targets.unique().tolist()) == {0, 1}
-
-
-def test_a_loss_that_wants_the_mask_gets_the_counted_cells():
-    terms, (logits, targets, mask) = recorded(wants_mask=True)
-    assert mask.dtype == torch.bool
-    assert mask.shape == logits.shape
-    assert (~mask).sum() == terms["ignored"] > 0
-    assert mask[targets > 0].all()
-
-
-def test_a_loss_that_wants_iou_gets_the_iou_of_each_positives_box():
-    target = torch.tensor([[1, 0, 0.5, 0.5, 0.3, 0.5]])
-    _, (_, targets) = recorded(target, wants_iou=True)
-    _, (_, binary) = recorded(target)
-    ((image, cell),) = binary.nonzero().tolist()
-    box = decode([raw.detach() for raw in make_outputs()], ANCHORS, SHAPE)[image, cell, :4]
-    truth = torch.tensor([0.35 * 96, 0.25 * 64, 0.65 * 96, 0.75 * 64])
-    inner = (torch.minimum(box[2:], truth[2:]) - torch.maximum(box[:2], truth[:2])).clamp(min=0)
-    areas = [(corners[2:] - corners[:2]).prod() for corners in (box, truth)]
-    iou = inner.prod() / (sum(areas) - inner.prod())
-    assert targets[image, cell].item() == pytest.approx(iou.item(), rel=1e-4)
-    assert targets.count_nonzero() == 1
-
-
-def test_an_iou_target_stays_above_zero():
-    _, (_, targets) = recorded(make_targets(60), wants_iou=True)
-    _, (_, binary) = recorded(make_targets(60))
-    assert torch.equal(targets > 0, binary > 0)
-    assert targets[targets > 0].min().item() == pytest.approx(1e-3)
-
-
-def test_gain_and_normalizer_are_applied_as_declared():
-    mean, (logits, targets, mask) = recorded(wants_mask=True, gain=3.0)
-    positives, _ = recorded(normalizer="positives", gain=3.0)
-    losses = ((logits - targets) ** 2 * mask).split([288, 72, 18], dim=1)
-    counts = [part.sum() for part in mask.split([288, 72, 18], dim=1)]
-    sums = [balance * part.sum() for balance, part in zip((4, 1, 0.4), losses, strict=True)]
-    factor = 5 * 64 * 96 / 416**2
-    expected = 3 * factor * sum(s / n for s, n in zip(sums, counts, strict=True))
-    torch.testing.assert_close(mean["conf"].detach(), expected)
-    torch.testing.assert_close(positives["conf"].detach(), 3 * sum(sums) / (targets > 0).sum())
-    nothing, (logits, _) = recorded(torch.zeros(0, 6), normalizer="positives")
-    parts = (logits**2).split([288, 72, 18], dim=1)
-    expected = sum(b * part.sum() for b, part in zip((4, 1, 0.4), parts, strict=True))
-    torch.testing.assert_close(nothing["conf"].detach(), expected)
-
-
-def test_the_positives_share_is_that_of_the_gradient_and_needs_one():
-    outputs, loss = make_outputs(), make_loss(focal_loss=True)
-    terms = loss(outputs, make_targets())
-    _, (_, binary) = recorded()
-    parts = torch.autograd.grad(terms["conf"], outputs)
-    size = torch.cat(
-        [g.unflatten(1, (3, -1))[:, :, 4].permute(0, 2, 3, 1).flatten(1) for g in parts], dim=1
-    ).abs()
-    share = (size * binary).sum() / size.sum()
-    torch.testing.assert_close(terms["conf_positive_share"], share)
-    with torch.inference_mode():
-        assert "conf_positive_share" not in loss(outputs, make_targets())
-
-
-# knobs
-
-
-def test_the_focal_knobs_change_the_confidence_term_and_nothing_else():
-    outputs, targets = make_outputs(), make_targets()
-    plain = values(make_loss()(outputs, targets))
-    seen = {plain["conf"]}
-    for knobs in ({}, {"focal_alpha": 0.5}, {"focal_gamma": 1.0}):
-        focal = values(make_loss(focal_loss=True, **knobs)(outputs, targets))
-        assert (focal["loc"], focal["cls"]) == (plain["loc"], plain["cls"])
-        seen.add(focal["conf"])
-    assert len(seen) == 4
-
-
-def test_focal_with_gamma_0_and_alpha_half_is_ten_halves_of_bce():
-    outputs, targets = make_outputs(), make_targets()
-    focal = make_loss(focal_loss=True, focal_gamma=0, focal_alpha=0.5)(outputs, targets)
-    assert focal["conf"].item() == pytest.approx(5 * make_loss()(outputs, targets)["conf"].item())
-
-
-def test_the_shorthand_is_the_spec():
-    outputs, targets = make_outputs(), make_targets()
-    short = make_loss(focal_loss=True, focal_alpha=0.4, focal_gamma=1.5)(outputs, targets)
-    spec = make_loss(conf_loss="focal(alpha=0.4, gamma=1.5)")(outputs, targets)
-    assert values(short) == values(spec)
-
-
-@pytest.mark.parametrize(
-    ("knobs", "terms"),
-    [
-        ({"box_loss": "giou"}, {"loc"}),
-        ({"label_smoothing": 0.1}, {"cls"}),
-        ({"cls_loss": "focal"}, {"cls"}),
-        ({"cls_loss": "focal(gamma=1)"}, {"cls"}),
-        ({"assigner": "iou_threshold"}, {"loc", "conf", "cls"}),
-        ({"ignore_threshold": 0.2}, {"conf"}),
-        ({"scale_xy": (1.2, 1.1, 1.05)}, {"loc"}),
-        ({"balance": (1.0, 1.0, 1.0)}, {"conf"}),
-        ({"conf_loss": "focal"}, {"conf"}),
-    ],
-)
-def test_each_knob_changes_its_terms(knobs, terms):
-    outputs, targets = make_outputs(), make_targets()
-    before, after = (values(make_loss(**k)(outputs, targets)) for k in ({}, knobs))
-    changed = {name for name in ("loc", "conf", "cls") if before[name] != after[name]}
-    assert changed - {"conf"} == terms - {"conf"}
-    assert changed >= terms
-
-
-def test_anchor_threshold_and_input_shape_change_something():
-    outputs, targets = make_outputs(), make_targets()
-    few, many = (
-        make_loss(assigner="iou_threshold", anchor_threshold=t)(outputs, targets)
-        for t in (0.9, 0.1)
-    )
-    assert few["positives"] < many["positives"]
-    small, large = (YOLOLoss(ANCHORS, 3, s)(outputs, targets) for s in ((64, 96), (128, 96)))
-    assert large["conf"].item() == pytest.approx(2 * small["conf"].item())
-    assert large["cls"] == small["cls"]
-
-
-def test_cls_focal_is_the_elementwise_focal_with_its_gain():
-    outputs, targets = make_outputs(), make_targets()
-    half = make_loss(cls_loss="focal(alpha=0.5, gamma=0)")(outputs, targets)
-    assert half["cls"].item() == pytest.approx(5 * make_loss()(outputs, targets)["cls"].item())
-
-
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"focal_loss": True, "conf_loss": "focal"}, "both given"),
-        ({"conf_loss": "fokal"}, "Did you mean 'focal'"),
-        ({"focal_loss": True, "focal_gamma": -1.0}, "gamma"),
-        ({"cls_loss": "softmax"}, "unknown"),
-        ({"cls_loss": "focal", "label_smoothing": 0.1}, "label_smoothing"),
-        ({"cls_loss": "tests.test_yolo_loss:Recorder(wants_mask=True)"}, "across cells"),
-        ({"box_loss": "piou"}, "ciou, siou, eiou"),
-        ({"assigner": "all"}, "best_anchor, iou_threshold"),
-        ({"label_smoothing": -0.1}, "label_smoothing"),
-        ({"ignore_threshold": 2.0}, "ignore_threshold"),
-        ({"anchor_threshold": float("nan")}, "anchor_threshold"),
-        ({"balance": (1.0, 1.0)}, "balance"),
-        ({"scale_xy": (1.0,)}, "scale_xy"),
-        ({"num_classes": 0}, "num_classes"),
-    ],
-)
-def test_a_bad_argument_is_an_error_that_says_so(knobs, message):
-    with pytest.raises(UserError, match=message):
-        make_loss(**knobs)
-
-
-def test_anchors_that_are_not_nine_pairs_are_an_error():
-    with pytest.raises(UserError, match="nine"):
-        YOLOLoss(ANCHORS[:6], 3, SHAPE)
-
-
-@pytest.mark.parametrize(
-    "outputs",
-    [
-        make_outputs(num_classes=4),
-        make_outputs()[:2],
-        make_outputs()[::-1],
-        [],
-        [raw[0] for raw in make_outputs()],
-    ],
-)
-def test_outputs_that_do_not_fit_are_an_error_that_names_the_classes(outputs):
-    with pytest.raises(UserError, match="3 classes need three maps of 24 channels"):
-        make_loss()(outputs, make_targets())
-
-
-def test_constants_follow_the_device_and_stay_out_of_checkpoints():
-    loss = make_loss(focal_loss=True)
-    assert not loss.state_dict()
-    assert {name for name, _ in loss.named_buffers()} == {"anchors", "strides", "scales", "balance"}
-    assert make_loss().prior_pi is None
-
-
-# several processes
-
-
 def rank_step(rank, folder):
     """One of two ranks: pictures 0 and 1, or picture 2, which has no object."""
     store = f"file://{folder}/store"
@@ -420,7 +203,7 @@ def rank_step(rank, folder):
     pictures, targets = ((0, 2), make_targets()) if rank == 0 else ((2, 3), torch.zeros(0, 6))
     outputs = [raw.detach()[slice(*pictures)].requires_grad_() for raw in make_outputs(batch=3)]
     for normalizer in ("mean", "positives"):
-        spec = f"tests.test_yolo_loss:Recorder(normalizer={normalizer!r})"
+        spec = f"tests.test_yolo_loss_knobs:Recorder(normalizer={normalizer!r})"
         terms = make_loss(conf_loss=spec)(outputs, targets)
         step = {"terms": values(terms), "gradients": gradients(terms, outputs)}
         torch.save(step, f"{folder}/{normalizer}-{rank}.pt")
@@ -431,7 +214,7 @@ def test_two_processes_mean_is_the_loss_of_the_joint_batch(tmp_path):
     torch.multiprocessing.spawn(rank_step, args=(str(tmp_path),), nprocs=2)
     for normalizer in ("mean", "positives"):
         outputs = make_outputs(batch=3)
-        spec = f"tests.test_yolo_loss:Recorder(normalizer={normalizer!r})"
+        spec = f"tests.test_yolo_loss_knobs:Recorder(normalizer={normalizer!r})"
         joint = make_loss(conf_loss=spec)(outputs, make_targets())
         ranks = [torch.load(tmp_path / f"{normalizer}-{rank}.pt") for rank in (0, 1)]
         mean = {key: (ranks[0]["terms"][key] + ranks[1]["terms"][key]) / 2 for key in values(joint)}

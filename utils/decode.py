@@ -44,7 +44,8 @@ def decode_grid_boxes(
 
     raw: (..., >=4). FACTS: x = i + s * sigmoid(tx) - (s - 1) / 2, w = exp(tw) * anchor_w.
     """
-    centre = offsets + raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2
+    # offsets last: the result keeps the memory order of `raw`, which the loss reads faster
+    centre = raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2 + offsets
     size = raw[..., 2:4].clamp(-MAX_LOG_SIZE, MAX_LOG_SIZE).exp() * anchor_wh
     return centre, size
 

@@ -1,8 +1,8 @@
 """Train YOLOv4 on VOC-format pictures: edit the constants of Config, or give them as flags."""
 
 import dataclasses
-import random
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from engine.distributed import (
     select_device,
     world_size,
 )
+from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
-from engine.resume import check_same_classes, parse_config
+from engine.resume import check_same_classes, folder_of_resumed, parse_config
 from engine.runlog import RunLog, new_run_folder
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
@@ -121,30 +122,33 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     class_names = read_class_names(config.classes_path)
     anchors = read_anchors(config.anchors_path)
     check_same_classes(class_names, config.classes_path, resume)
-    folder = broadcast_object(run_folder(config) if is_main() else None)
-    train_samples, val_samples = broadcast_object(
-        read_data(config, class_names, folder) if is_main() else None
-    )
-    seed_everything(config)
+    seed_everything(config.seed, deterministic=config.deterministic)
     loss = build_loss(config, anchors, len(class_names)).to(device)
     model = build_model(config, class_names, loss.prior_pi, resume).to(
         device, memory_format=torch.channels_last
     )
     recipe = make_recipe(config, device)
+    folder = broadcast_object(run_folder(config) if is_main() else None)
+    train_samples, val_samples = broadcast_object(
+        read_data(config, class_names, folder) if is_main() else None
+    )
+    train_set = training_set(config, train_samples)
     describe(config, recipe, model, device, folder)
     last_epoch = resume["epoch"] if resume is not None else 0
-    trainer = Trainer(
-        model=model,
-        loss=loss,
-        train_set=training_set(config, train_samples),
-        val_samples=val_samples,
-        recipe=recipe,
-        facts=checkpoint_facts(config, class_names, anchors),
-        device=device,
-        log=RunLog(folder, dataclasses.asdict(config), last_epoch) if is_main() else None,
-        resume=resume,
-    )
-    finished = trainer.fit()
+    run_log = RunLog(folder, dataclasses.asdict(config), last_epoch) if is_main() else nullcontext()
+    with run_log as log:
+        trainer = Trainer(
+            model=model,
+            loss=loss,
+            train_set=train_set,
+            val_samples=val_samples,
+            recipe=recipe,
+            facts=checkpoint_facts(config, class_names, anchors),
+            device=device,
+            log=log,
+            resume=resume,
+        )
+        finished = trainer.fit()
     say_what_next(config, folder, finished=finished)
 
 
@@ -166,9 +170,9 @@ def check_config(config: Config, *, resumes: bool) -> None:
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of the resumed run, or a new one."""
-    if config.resume and not config.save_dir:
-        return Path(config.resume).parent
+    """The resumed run's folder, or a new one."""
+    if config.resume:
+        return folder_of_resumed(Path(config.resume), config.save_dir)
     return new_run_folder(config.save_dir)
 
 
@@ -195,14 +199,6 @@ def read_data(
             folder.rmdir()
         raise
     return found[0], found[1]
-
-
-def seed_everything(config: Config) -> None:
-    """Seed the generators; with `deterministic`, refuse the faster algorithms that vary."""
-    random.seed(config.seed)
-    torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = not config.deterministic
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
 
 
 def build_loss(config: Config, anchors: Any, num_classes: int) -> YOLOLoss:

@@ -1,7 +1,6 @@
 """Checkpoints: files of tensors and plain types, replaced in a way that survives a crash."""
 
 import os
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,17 +73,3 @@ def cpu_copy(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(cpu_copy(item) for item in value)
     return value
-
-
-def random_states() -> dict[str, Any]:
-    """The states of python's and torch's generators, as plain types and tensors."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_states(states: Mapping[str, Any]) -> None:
-    """Inverse of `random_states`; CUDA states are restored where there are as many devices."""
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])

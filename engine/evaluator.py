@@ -22,7 +22,7 @@ from utils.average_precision import (
     precision_recall,
 )
 from utils.calibration import BestF1, best_f1_threshold
-from utils.dataset import VocDataset, collate, limit_worker_threads
+from utils.dataset import VocDataset, collate, init_worker
 from utils.decode import decode
 from utils.errors import UserError
 from utils.letterbox import letterbox_to_image
@@ -173,8 +173,8 @@ def forward_batches(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=collate,
+        worker_init_fn=init_worker,
         pin_memory=device.type == "cuda",
-        worker_init_fn=limit_worker_threads,
     )
     layout = torch.channels_last if channels_last else torch.contiguous_format
     bar = tqdm(loader, desc="validating", unit="batch", leave=False, disable=not progress)

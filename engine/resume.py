@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,3 +83,13 @@ def check_same_classes(
             f"{classes_path} holds {', '.join(class_names)}, but the resumed run learns "
             f"{', '.join(checkpoint['class_names'])}. Give its own file with --classes_path."
         )
+
+
+def folder_of_resumed(checkpoint_path: Path, save_dir: str) -> Path:
+    """The checkpoint's folder, or `save_dir`, which then takes the run's metrics along."""
+    old = checkpoint_path.parent
+    folder = Path(save_dir) if save_dir else old
+    folder.mkdir(parents=True, exist_ok=True)
+    if (old / "metrics.csv").exists() and not (folder / "metrics.csv").exists():
+        shutil.copy(old / "metrics.csv", folder)
+    return folder

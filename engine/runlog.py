@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from engine.evaluator import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU
 from utils.errors import UserError
 from utils.plots import plot_losses, plot_map
 
@@ -56,10 +58,14 @@ class RunLog:
     """Writes what a run measures. One row an epoch in metrics.csv, the same in TensorBoard.
 
     On a resume the rows after `last_epoch` are dropped: they are about to be written again.
+    Use it in a `with` block: in it, no other process may write to the folder.
+    Raises UserError if one does.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], last_epoch: int = 0):
         self.folder = folder
+        self._lock = folder / "running.pid"
+        lock(self._lock)
         text = json.dumps(dict(config), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
         self.rows = read_metrics(folder / "metrics.csv", last_epoch)
@@ -92,9 +98,38 @@ class RunLog:
         Image.fromarray(image).save(self.folder / f"{name}.jpg", quality=90)
         self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
-    def close(self) -> None:
-        """Flush TensorBoard's events."""
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_error) -> None:
         self.tensorboard.close()
+        self._lock.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> None:
+    """Write this process's number to a file that no living process has. Raises UserError else."""
+    try:
+        with open(path, "x", encoding="ascii") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        number = path.read_text(encoding="ascii").strip()
+        if number.isdigit() and is_running(int(number)):
+            raise UserError(
+                f"{path.parent} is in use by process {number}. Give another --save_dir, or delete "
+                f"{path} if that process is no training."
+            ) from None
+        path.write_text(str(os.getpid()), encoding="ascii")
+
+
+def is_running(number: int) -> bool:
+    """Whether another process of this number lives on this machine."""
+    if number == os.getpid() or os.name == "nt":  # there, os.kill would end the process
+        return False
+    try:
+        os.kill(number, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def read_metrics(path: Path, last_epoch: int) -> list[dict[str, str]]:
@@ -118,6 +153,7 @@ def describe(row: Mapping[str, Any]) -> str:
     line += f"  {row['pictures_per_second']:.1f} pictures/s"
     if "val_ap50" in row:
         line += f"  AP50 {row['val_ap50']:.4f}  AP {row['val_ap']:.4f}"
+        line += f" (score >= {EVAL_CONF_THRESHOLD}, NMS IoU {EVAL_NMS_IOU})"
         line += f"  best F1 {row['f1']:.3f} at {row['conf_threshold']:.3f}"
     return line
 

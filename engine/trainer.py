@@ -10,18 +10,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from engine.checkpoint import cpu_copy, random_states, restore_random_states, save_checkpoint
-from engine.distributed import is_main, rank, world_size
+from engine.checkpoint import cpu_copy, save_checkpoint
+from engine.distributed import broadcast_buffers, is_main, rank, world_size
 from engine.evaluator import Evaluation, evaluate, validation_loss
 from engine.figures import SHARES, TERMS, EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
 from engine.optimizer import Ema, build_optimizer, learning_rate
 from engine.pictures import batch_picture, detections_picture
+from engine.randomness import random_states, restore_random_states
 from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
 from engine.step import TrainStep
 from engine.stop import stop_on_signal
-from utils.dataset import VocDataset, collate, limit_worker_threads
+from utils.dataset import VocDataset, collate, init_worker
 from utils.errors import UserError
 from utils.sampler import EpochBatchSampler
 from utils.voc import Sample
@@ -124,7 +125,7 @@ class Trainer:
             batch_sampler=sampler,
             collate_fn=collate,
             num_workers=self.recipe.num_workers,
-            worker_init_fn=limit_worker_threads,
+            worker_init_fn=init_worker,
             persistent_workers=self.recipe.num_workers > 0,
             pin_memory=self.device.type == "cuda",
         )
@@ -195,6 +196,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Measure, log and save what the finished epoch has reached."""
         last = self.epoch == self.recipe.epochs
+        broadcast_buffers(self._weights())  # each rank has seen other pictures
         evaluation, losses = None, {}
         if self.epoch % self.recipe.eval_period == 0 or last:
             evaluation = evaluate(self._weights(), **self._evaluation_arguments(), **self._boxes())
@@ -301,7 +303,7 @@ class Trainer:
             self.ema.module.load_state_dict(checkpoint["model"])
             self.ema.updates = checkpoint["ema"]["updates"]
             self.ema.n_averaged.fill_(self.ema.updates)
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.optimizer.load_state_dict(cpu_copy(checkpoint["optimizer"]))
         self.step.scaler.load_state_dict(checkpoint["scaler"])
         self.loss.load_state_dict(checkpoint["loss"])
         schedule = checkpoint["schedule"]
@@ -323,6 +325,9 @@ class Trainer:
 
     def _show(self, bar: tqdm) -> None:
         """Advance the bar; its figures are those of the step before."""
+        bar.update()
+        if not self.figures.last:
+            return
         terms = " ".join(f"{name} {self.figures.mean(name):.3f}" for name in TERMS)
         lr = self.optimizer.param_groups[0]["lr"]
         speed = self.figures.pictures_per_second() * world_size()
@@ -330,7 +335,6 @@ class Trainer:
         bar.set_postfix_str(
             f"{terms} lr {lr:.2e} {speed:.1f} pictures/s {memory:.1f} GB", refresh=False
         )
-        bar.update()
 
     @staticmethod
     def _say(message: str) -> None:

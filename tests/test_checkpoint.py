@@ -11,9 +11,7 @@ import torch
 from engine.checkpoint import (
     build_model,
     cpu_copy,
-    random_states,
     read_checkpoint,
-    restore_random_states,
     save_checkpoint,
 )
 from nets.yolo import YoloV4
@@ -140,13 +138,3 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert read_checkpoint(path)["epoch"] >= 1
-
-
-def test_random_states_bring_the_same_numbers_back():
-    import random
-
-    states = random_states()
-    first = (random.random(), torch.rand(3))
-    restore_random_states(states)
-    assert random.random() == first[0]
-    assert torch.equal(torch.rand(3), first[1])

@@ -7,7 +7,7 @@ from tests.factory import add_picture, coloured_boxes, write_split
 from tests.test_augment import COLOURS, PLAIN, assert_boxes_lie_on_their_colours
 from utils.augment import Augmentation, Picture
 from utils.boxes import cxcywh_to_xyxy
-from utils.dataset import VocDataset, collate, limit_worker_threads
+from utils.dataset import VocDataset, collate, init_worker
 from utils.errors import UserError
 from utils.sampler import EpochBatchSampler
 from utils.voc import read_split
@@ -168,7 +168,7 @@ def epochs_of_batches(samples, num_workers, epochs=3, **kwargs):
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=limit_worker_threads,
+        worker_init_fn=init_worker,
         **kwargs,
     )
     batches = []

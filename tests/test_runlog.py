@@ -1,5 +1,8 @@
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,13 +36,12 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):
 
 
 def test_metrics_config_curves_and_events_are_written(tmp_path):
-    log = RunLog(tmp_path, {"lr": None, "name": "Größe"})
-    line = log.epoch(row(1))
-    assert "AP50" not in line
-    line = log.epoch(row(2, val_ap50=0.25, val_ap=0.1, f1=0.4, conf_threshold=0.3))
-    assert "AP50 0.2500" in line
-    log.picture("train_batch", np.zeros((32, 32, 3), np.uint8), 1)
-    log.close()
+    with RunLog(tmp_path, {"lr": None, "name": "Größe"}) as log:
+        line = log.epoch(row(1))
+        assert "AP50" not in line
+        line = log.epoch(row(2, val_ap50=0.25, val_ap=0.1, f1=0.4, conf_threshold=0.3))
+        assert "AP50 0.2500" in line
+        log.picture("train_batch", np.zeros((32, 32, 3), np.uint8), 1)
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["name"] == "Größe"
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -53,16 +55,25 @@ def test_metrics_config_curves_and_events_are_written(tmp_path):
 
 
 def test_a_resumed_log_drops_later_and_cut_rows(tmp_path):
-    log = RunLog(tmp_path, {})
-    for epoch in (1, 2, 3):
-        log.epoch(row(epoch))
-    log.close()
+    with RunLog(tmp_path, {}) as log:
+        for epoch in (1, 2, 3):
+            log.epoch(row(epoch))
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("4,40,0.5")  # killed in the middle of a line
-    log = RunLog(tmp_path, {}, last_epoch=2)
-    log.epoch(row(3, loss=0.75))
-    log.close()
+    with RunLog(tmp_path, {}, last_epoch=2) as log:
+        log.epoch(row(3, loss=0.75))
     rows = read_metrics(tmp_path / "metrics.csv", 99)
     assert [r["epoch"] for r in rows] == ["1", "2", "3"]
     assert rows[2]["loss"] == "0.75"
     assert set(rows[0]) == set(COLUMNS)
+
+
+def test_a_folder_in_use_by_a_living_process_is_refused(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (tmp_path / "running.pid").write_text(str(other.pid))
+        with pytest.raises(UserError, match=f"in use by process {other.pid}"):
+            RunLog(tmp_path, {})
+        other.communicate(b"\n")
+    with RunLog(tmp_path, {}):  # the other has died: its mark does not count
+        assert (tmp_path / "running.pid").read_text() == str(os.getpid())
+    assert not (tmp_path / "running.pid").exists()

@@ -2,6 +2,7 @@ import ast
 import csv
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from tools.make_sample_voc import make_sample
 from train import Config
+from utils.errors import run_script as run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
@@ -201,28 +204,77 @@ def test_unfreezing_moves_the_backbone_with_its_own_batch_size(
 
 
 LOSSES = """
-import torch
+import os
+import signal
 from torch import nn
+from torch.nn import functional as F
 
 class Broken(nn.Module):
     def forward(self, logits, targets):
         return logits * float("nan")
+
+class Stopping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, logits, targets):
+        self.calls += 1
+        if os.environ.get("STOP_AT") == str(self.calls):
+            signal.raise_signal(signal.SIGTERM)
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 """
 
 
-def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(tiny_voc, run_script, tmp_path):
+@pytest.fixture
+def run_with_losses(tmp_path):
+    """Run train.py in a folder where the user keeps my_losses.py."""
     (tmp_path / "my_losses.py").write_text(LOSSES)
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "train.py")),
-            *flags(tiny_voc, tmp_path / "run", conf_loss="my_losses:Broken", batch_size=1),
-            *("--anchors_path", str(ROOT / "model_data/yolo_anchors.txt")),
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    (tmp_path / "model_data").mkdir()
+    shutil.copy(ROOT / "model_data" / "yolo_anchors.txt", tmp_path / "model_data")
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_a_run_stopped_between_two_steps_goes_on_at_that_step(tiny_voc, tmp_path, run_with_losses):
+    conf_loss = "my_losses:Stopping"
+    more = {"conf_loss": conf_loss, "batch_size": 2, "accumulate": 1, "epochs": 2}
+    whole = run_with_losses(*flags(tiny_voc, tmp_path / "whole", **more))
+    assert whole.returncode == 0, whole.stderr
+    cut = run_with_losses(*flags(tiny_voc, tmp_path / "cut", **more), STOP_AT="3")
+    assert cut.returncode == 130, cut.stderr
+    assert f"--resume {tmp_path / 'cut'}" in cut.stdout
+    last = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
+    assert (last["epoch"], last["step"], last["schedule"]["epoch_step"]) == (0, 3, 3)
+    refused = run_with_losses("--resume", tmp_path / "cut")
+    assert refused.returncode == 2
+    assert f'--conf_loss "{conf_loss}"' in refused.stderr
+    resumed = run_with_losses("--resume", tmp_path / "cut", "--conf_loss", conf_loss)
+    assert resumed.returncode == 0, resumed.stderr
+    rows = [without_times(rows_of(tmp_path / name)) for name in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    models = [
+        torch.load(tmp_path / name / "last.pt", weights_only=True)["raw_model"]
+        for name in ("whole", "cut")
+    ]
+    assert same_tensors(*models)
+
+
+def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(
+    tiny_voc, tmp_path, run_with_losses
+):
+    more = {"conf_loss": "my_losses:Broken", "batch_size": 1}
+    done = run_with_losses(*flags(tiny_voc, tmp_path / "run", **more))
     assert done.returncode == 2
     assert "5 steps in a row" in done.stderr
     assert "conf nan" in done.stderr
@@ -243,14 +295,21 @@ def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(tiny_voc, run
         ({"amp": "fp8"}, "bf16"),
         ({"train": "nowhere:train"}, "nowhere"),
         ({"classes_path": "nowhere.txt"}, "nowhere.txt"),
+        ({"anchors_path": "nowhere.txt"}, "nine w,h pairs"),
+        ({"weights": "nowhere.pt"}, "nowhere.pt"),
+        ({"lr": -1}, "lr is -1"),
     ],
 )
-def test_a_wrong_flag_is_one_message_and_status_2(tiny_voc, run_script, tmp_path, more, expected):
-    done = run_script("train.py", *flags(tiny_voc, tmp_path / "run", **more))
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run" / "last.pt").exists()
+def test_a_wrong_flag_is_one_message_and_status_2(
+    tiny_voc, tmp_path, monkeypatch, capsys, more, expected
+):
+    arguments = flags(tiny_voc, tmp_path / "run", **more)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        run_main(train.main)
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()  # nothing is made before all is known to be right
 
 
 def test_without_data_both_ways_out_are_said(tmp_path):

@@ -1,6 +1,7 @@
 """VOC pictures as network input: letterboxed for validation, augmented for training."""
 
 import math
+import signal
 from collections.abc import Sequence
 
 import cv2
@@ -132,6 +133,12 @@ def collate(items: Sequence[Item]) -> Item:
     return batch, torch.cat((image_index[:, None].float(), torch.cat(targets)), dim=1)
 
 
-def limit_worker_threads(_worker_id: int) -> None:
-    """Give a worker one OpenCV thread: `DataLoader(worker_init_fn=limit_worker_threads)`."""
+def init_worker(_worker_id: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: one OpenCV thread, as the workers fill the cores.
+
+    Ctrl-C reaches all processes of a terminal: the main one decides, a worker goes on loading
+    until it is told to end.
+    """
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

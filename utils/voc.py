@@ -186,7 +186,8 @@ def _unknown_names(
         f"{' and '.join(map(str, roots))}: the annotations use {len(used)} class names, "
         f"{classes_path or 'the given list'} has {len(class_names)}. Used but not in it:\n"
         f"{list_faults(lines)}\n"
-        f"Give the file that belongs to this data with --classes_path{hint}, or add the names."
+        f"Train with the --classes_path that belongs to this data{hint}, or add the names; a "
+        "checkpoint keeps the classes that it was trained on."
     ]
 
 

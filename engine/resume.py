@@ -86,10 +86,11 @@ def check_same_classes(
 
 
 def folder_of_resumed(checkpoint_path: Path, save_dir: str) -> Path:
-    """The checkpoint's folder, or `save_dir`, which then takes the run's metrics along."""
+    """The checkpoint's folder, or `save_dir`, which then takes metrics.csv and best.pt along."""
     old = checkpoint_path.parent
     folder = Path(save_dir) if save_dir else old
     folder.mkdir(parents=True, exist_ok=True)
-    if (old / "metrics.csv").exists() and not (folder / "metrics.csv").exists():
-        shutil.copy(old / "metrics.csv", folder)
+    for name in ("metrics.csv", "best.pt"):
+        if (old / name).exists() and not (folder / name).exists():
+            shutil.copy(old / name, folder)
     return folder

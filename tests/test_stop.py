@@ -15,7 +15,12 @@ def test_the_first_signal_asks_and_handlers_are_put_back(kind):
     assert signal.getsignal(kind) == before
 
 
+def interrupt_twice():
+    with stop_on_signal(lambda: None):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_a_second_ctrl_c_interrupts():
-    with pytest.raises(KeyboardInterrupt), stop_on_signal(lambda: None):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice()

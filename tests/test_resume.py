@@ -1,0 +1,58 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from engine.resume import (
+    check_resumed,
+    check_same_classes,
+    default_for_resume,
+    folder_of_resumed,
+    stored_config,
+)
+from train import CHANGEABLE, Config
+from utils.errors import UserError
+
+
+def test_a_stored_config_comes_back_and_unknown_knobs_are_dropped():
+    values = dataclasses.asdict(Config(width=0.5)) | {"knob_of_another_version": 1}
+    assert stored_config(Config, values) == Config(width=0.5)
+
+
+def test_code_named_in_a_checkpoint_is_not_run_unless_asked_for_again():
+    stored = Config(conf_loss="evil:Loss")
+    default = default_for_resume(stored, Path("last.pt"))
+    assert default.conf_loss == ""
+    with pytest.raises(UserError, match="evil:Loss"):
+        check_resumed(default, stored, CHANGEABLE)
+    asked = dataclasses.replace(default, conf_loss="evil:Loss")
+    check_resumed(asked, stored, CHANGEABLE)
+
+
+def test_registered_losses_come_from_the_checkpoint():
+    default = default_for_resume(Config(conf_loss="focal(gamma=1)"), Path("last.pt"))
+    assert default.conf_loss == "focal(gamma=1)"
+
+
+def test_only_what_does_not_change_the_learning_may_change():
+    stored = Config()
+    check_resumed(Config(epochs=400, num_workers=0, device="cpu"), stored, CHANGEABLE)
+    with pytest.raises(UserError, match="cannot change lr, seed"):
+        check_resumed(Config(lr=0.1, seed=5), stored, CHANGEABLE)
+
+
+def test_other_classes_are_refused_with_both_lists():
+    check_same_classes(("a", "b"), "c.txt", None)
+    with pytest.raises(UserError, match=r"c\.txt holds a, b.* learns b, a"):
+        check_same_classes(("a", "b"), "c.txt", {"class_names": ["b", "a"]})
+
+
+def test_metrics_and_best_move_along_to_another_folder(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "metrics.csv").write_text("epoch\n1\n")
+    (tmp_path / "old" / "best.pt").write_bytes(b"weights")
+    last = tmp_path / "old" / "last.pt"
+    assert folder_of_resumed(last, "") == tmp_path / "old"
+    new = folder_of_resumed(last, str(tmp_path / "new"))
+    assert (new / "metrics.csv").read_text() == "epoch\n1\n"
+    assert (new / "best.pt").read_bytes() == b"weights"

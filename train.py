@@ -72,7 +72,7 @@ class Config:
     freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
     freeze_batch_size: int = 16  # pictures a GPU in these epochs
     optimizer: str = "sgd"  # sgd, adam or adamw
-    lr: float | None = None  # at 64 pictures an update, scaled and clamped; None: .01, Adam .001
+    lr: float | None = None  # at 64 pictures an update, scaled, clamped; None: SGD .01, Adam .001, AdamW .02
     momentum: float = 0.937  # of SGD; beta1 of Adam
     weight_decay: float | None = None  # of convolutions; None: SGD 5e-4, Adam 0, AdamW .05
     schedule: str = "cosine"  # cosine with warm-up, or step

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # each other most of the time (57 s instead of 7 for one test file).
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"  # bars of an hour of training would fill the log
 
 
 def pytest_collection_modifyitems(items):

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import train
-from tools.make_sample_voc import make_sample
 from train import Config
 from utils.errors import run_script as run_main
 
@@ -358,36 +357,3 @@ def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, focal):
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == ["2", "4", "6"]  # 8 pictures, 6 a step
     assert done.stdout.count("run folder:") == 1
-
-
-@pytest.mark.slow
-def test_eight_pictures_are_overfitted(run_script, tmp_path):
-    voc = tmp_path / "Sample"
-    make_sample(voc, images=30, seed=1, difficulty="easy", progress=False)
-    splits = voc / "ImageSets" / "Main"
-    eight = (splits / "train.txt").read_text().split()[:8]
-    (splits / "eight.txt").write_text("\n".join(eight))
-    done = run_script(
-        "train.py",
-        *flags(
-            voc,
-            tmp_path / "run",
-            train=f"{voc}:eight",
-            val=f"{voc}:eight",
-            width=0.15,
-            depth=0.01,
-            input_shape=(160, 160),
-            epochs=100,
-            batch_size=8,
-            optimizer="adam",
-            assigner="iou_threshold",
-            mosaic_prob=0,
-            jitter=0,
-            scale=(1, 1),
-            eval_period=50,
-            save_period=100,
-        ),
-    )
-    assert done.returncode == 0, done.stderr
-    best = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
-    assert best["metrics"]["AP50"] >= 0.95

@@ -284,7 +284,7 @@ def test_unknown_class_names_are_refused_with_both_files_and_both_counts(root, s
     assert f"{root}: the annotations use 2 class names, my/list.txt has 3" in message
     assert "'cat' in 1 annotations" in message
     assert "'dog'" not in message
-    assert f"--classes_path (perhaps {root / 'classes.txt'})" in message
+    assert f"--classes_path that belongs to this data (perhaps {root / 'classes.txt'})" in message
 
 
 def test_unknown_class_names_and_broken_files_come_in_one_message(root):

@@ -221,7 +221,11 @@ def test_every_filter_starts_with_the_same_norm_and_outputs_near_zero():
             norm = conv.weight.detach().flatten(1).norm(dim=1).square().mean().sqrt()
             assert norm == pytest.approx(math.sqrt(2), rel=0.3)
     outputs = model.train()(torch.rand(4, 3, 64, 64))
-    assert all(output.std() < 0.5 for output in outputs)
+    for output in outputs:
+        assert output.std(dim=(0, 2, 3)).max() < 0.5
+        assert output.unflatten(1, (3, -1))[:, :, 4].sigmoid().mean() == pytest.approx(
+            0.01, rel=0.3
+        )
 
 
 @pytest.mark.parametrize("arguments", [{"num_classes": 0}, {"num_classes": -3}])

@@ -1,0 +1,45 @@
+import torch
+
+from engine.recipe import Phase, Recipe
+from engine.trainer import Trainer
+from losses.yolo_loss import YOLOLoss
+from nets.yolo import YoloV4
+from tools.make_sample_voc import make_sample
+from utils.augment import Augmentation
+from utils.dataset import VocDataset
+from utils.decode import read_anchors
+from utils.voc import read_class_names, read_split
+
+INPUT_SHAPE = (128, 128)
+SCALE_XY = (1.2, 1.1, 1.05)
+MILD = Augmentation(scale=(0.9, 1.1), jitter=0.05, hue=0.0, saturation=0.1, value=0.1)
+
+
+def test_eight_pictures_are_overfitted(tmp_path):
+    make_sample(tmp_path / "Sample", images=30, seed=1, difficulty="easy", progress=False)
+    names = read_class_names(tmp_path / "Sample" / "classes.txt")
+    eight = read_split(f"{tmp_path / 'Sample'}:train", names)[:8]
+    anchors = read_anchors("model_data/yolo_anchors.txt")
+    torch.manual_seed(0)
+    trainer = Trainer(
+        model=YoloV4(len(names), width=0.2, depth=0.01),
+        loss=YOLOLoss(
+            anchors, len(names), INPUT_SHAPE, assigner="iou_threshold", scale_xy=SCALE_XY
+        ),
+        train_set=VocDataset(
+            eight * 16, INPUT_SHAPE, train=True, mosaic_prob=0, augmentation=MILD, cache=True
+        ),
+        val_samples=eight,
+        recipe=Recipe(
+            phases=(Phase(20, 8, frozen=False),), optimizer="adam", lr=8e-3, eval_period=20
+        ),
+        facts={
+            "class_names": names,
+            "anchors": anchors,
+            "input_shape": INPUT_SHAPE,
+            "scale_xy": SCALE_XY,
+        },
+        device=torch.device("cpu"),
+    )
+    assert trainer.fit()
+    assert trainer.metrics["AP50"] >= 0.95

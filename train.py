@@ -1,6 +1,7 @@
 """Train YOLOv4 on VOC-format pictures: edit the constants of Config, or give them as flags."""
 
 import dataclasses
+import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from engine.distributed import (
 )
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
-from engine.resume import check_same_classes, folder_of_resumed, parse_config
+from engine.resume import check_same_data, folder_of_resumed, parse_config
 from engine.runlog import RunLog, new_run_folder
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
@@ -72,7 +73,7 @@ class Config:
     freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
     freeze_batch_size: int = 16  # pictures a GPU in these epochs
     optimizer: str = "sgd"  # sgd, adam or adamw
-    lr: float | None = None  # at 64 pictures an update, scaled, clamped; None: SGD .01, Adam .001, AdamW .02
+    lr: float | None = None  # for 64 pictures an update; scaled, clamped. None: by optimizer
     momentum: float = 0.937  # of SGD; beta1 of Adam
     weight_decay: float | None = None  # of convolutions; None: SGD 5e-4, Adam 0, AdamW .05
     schedule: str = "cosine"  # cosine with warm-up, or step
@@ -106,6 +107,7 @@ class Config:
 CHANGEABLE = (
     *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "epochs", "device"),
     *("num_workers", "deterministic", "eval_period", "save_period", "save_dir", "resume"),
+    *("lr", "clip_norm", "amp"),
 )
 
 
@@ -121,7 +123,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     """Read the data, build model and loss, and train; then say what to do with the weights."""
     class_names = read_class_names(config.classes_path)
     anchors = read_anchors(config.anchors_path)
-    check_same_classes(class_names, config.classes_path, resume)
+    check_same_data(class_names, config.classes_path, anchors, resume)
     seed_everything(config.seed, deterministic=config.deterministic)
     loss = build_loss(config, anchors, len(class_names)).to(device)
     model = build_model(config, class_names, loss.prior_pi, resume).to(
@@ -161,6 +163,12 @@ def check_config(config: Config, *, resumes: bool) -> None:
         raise UserError(
             f"freeze_epochs {config.freeze_epochs} freezes a backbone that knows nothing: give "
             "--weights, or --freeze_epochs 0."
+        )
+    focal = (config.focal_alpha, config.focal_gamma) != (Config.focal_alpha, Config.focal_gamma)
+    if focal and not config.focal_loss:
+        raise UserError(
+            "focal_alpha and focal_gamma count with --focal_loss only; for another loss write "
+            'them in its name: --conf_loss "focal(alpha=0.5, gamma=1)".'
         )
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
     least |= {"eval_period": 1, "save_period": 1, "freeze_epochs": 0, "num_workers": 0, "seed": 0}
@@ -325,13 +333,7 @@ def describe(
     print(
         f"device: {world_size()} x {name}, {precision}; confidence loss: {conf_loss_spec(config)}"
     )
-    for phase in recipe.phases:
-        initial, minimal = recipe.rates(phase)
-        what = "frozen backbone" if phase.frozen else "all layers"
-        print(
-            f"to epoch {phase.last_epoch}: {what}, batch {phase.batch_size}, {recipe.optimizer}, "
-            f"lr {initial:.2e} to {minimal:.2e} ({recipe.schedule})"
-        )
+    print(recipe)
     print(f"run folder: {folder}")
 
 
@@ -340,12 +342,14 @@ def say_what_next(config: Config, folder: Path, *, finished: bool) -> None:
     if not is_main():
         return
     if not finished:
-        print(f"stopped; go on with:\n  python train.py --resume {folder}")
+        own = f" --conf_loss {shlex.quote(config.conf_loss)}" if ":" in config.conf_loss else ""
+        print(f"stopped; go on with:\n  python train.py --resume {shlex.quote(str(folder))}{own}")
         sys.exit(130)
-    pictures = f"{config.val.split('+')[0].rpartition(':')[0]}/JPEGImages"
+    pictures = shlex.quote(f"{config.val.split('+')[0].rpartition(':')[0]}/JPEGImages")
+    best = shlex.quote(str(folder / "best.pt"))
     print(f"done. Curves and pictures: {folder}")
-    print(f"  python evaluate.py --weights {folder / 'best.pt'} --data {config.val}")
-    print(f"  python predict.py --weights {folder / 'best.pt'} --source {pictures}")
+    print(f"  python evaluate.py --weights {best} --data {shlex.quote(config.val)}")
+    print(f"  python predict.py --weights {best} --source {pictures}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ RESUME_KEYS = ("raw_model", "ema", "optimizer", "scaler", "schedule", "loss", "r
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint to a temporary name, flush it to disk, then rename it over `path`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a crash left is written over
     try:
         with open(temporary, "wb") as file:
             torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
@@ -40,7 +40,7 @@ def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, 
     Raises UserError if the file is missing, damaged, no checkpoint of ours, written by a newer
     version, or, with `for_resume`, lacks the training state that only last.pt holds.
     """
-    checkpoint = read_torch_file(path)
+    checkpoint = read_torch_file(path, mmap=False)  # Windows cannot replace a mapped last.pt
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this trainer. Give a best.pt or last.pt.")
     from_checkpoint(checkpoint, path)  # refuses another format version

@@ -39,6 +39,10 @@ def select_device(name: str) -> torch.device:
     except RuntimeError:
         raise UserError(f"device {name!r} is unknown. Use cpu, cuda or cuda:N.") from None
     if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(
+                f"device {name!r}: under torchrun each process takes its own; use cuda."
+            )
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
         if index >= torch.cuda.device_count():
             raise UserError(

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from engine.distributed import gather_objects
 from engine.guard import NonFiniteGuard
 
 TERMS = ("total", "loc", "conf", "cls")
 SHARES = ("positives", "ignored", "conf_positive_share")
-FIGURES = (*TERMS, *SHARES, "grad_norm", "finite")
+FIGURES = (*TERMS, *SHARES, "grad_norm", "finite", "skipped")
 
 
 class HostFigures:
@@ -55,21 +56,34 @@ class EpochFigures:
         figures, pictures = self._pending
         self._pending = None
         self.last = figures.read()
-        finite = bool(self.last["finite"])
-        self._add(finite, len(pictures))
-        terms = {name: self.last[name] for name in (*TERMS, "grad_norm")}
-        return self.guard.check(terms, finite=finite, pictures=pictures)
-
-    def _add(self, finite: bool, pictures: int) -> None:
         now = time.perf_counter()
         self.state["seconds"] += now - self._clock
-        self.state["pictures"] += pictures
+        self.state["pictures"] += len(pictures)
         self._clock = now
-        if not finite:
-            return
-        for name in FIGURES:
+        skipped = bool(self.last["skipped"])
+        if self.last["finite"]:
+            self._add(updated=self.last["grad_norm"] > 0 and not skipped)
+        if self.last["finite"] and not skipped:
+            return ""
+        terms = {name: self.last[name] for name in (*TERMS, "grad_norm")}
+        return self.guard.check(terms, skipped=skipped, pictures=pictures)
+
+    def _add(self, *, updated: bool) -> None:
+        for name in ("finite", *TERMS, *SHARES):
             self.state[name] += self.last[name]
-        self.state["updates"] += self.last["grad_norm"] > 0
+        if updated:
+            self.state["grad_norm"] += self.last["grad_norm"]
+            self.state["updates"] += 1
+            self.guard.updated()
+
+    def join_ranks(self) -> None:
+        """Take in the other ranks' sums: counts add up, loss terms are means over ranks already
+        divided by joint counts."""
+        states = gather_objects(self.state)
+        for name in (*TERMS, "conf_positive_share"):
+            self.state[name] = sum(state[name] for state in states) / len(states)
+        for name in ("positives", "ignored", "pictures"):
+            self.state[name] = sum(state[name] for state in states)
 
     def mean(self, name: str) -> float:
         """Mean of a figure over the epoch's finite steps; NaN when there was none."""

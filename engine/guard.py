@@ -37,28 +37,36 @@ class BatchNormRollback:
 
 
 class NonFiniteGuard:
-    """Counts skipped steps on the host and stops a training that only skips."""
+    """Counts skipped updates on the host and stops a training that only skips.
+
+    limit: skipped updates in a row. Half precision overflows while its gradient scaler finds its
+    scale, a dozen times or so at the start, so its limit is higher.
+    """
 
     def __init__(self, *, limit: int = 5):
         self.limit = limit
         self.in_a_row = 0
         self.skipped = 0
 
-    def check(self, terms: dict[str, float], *, finite: bool, pictures: Sequence[str]) -> str:
-        """Note one finished step. Returns a message when it was skipped, "" otherwise.
+    def updated(self) -> None:
+        """Note an update that was made."""
+        self.in_a_row = 0
 
-        Raises UserError after `limit` skipped steps in a row.
+    def check(self, terms: dict[str, float], *, skipped: bool, pictures: Sequence[str]) -> str:
+        """Note a batch with a non-finite loss or gradient. Returns what to tell of it.
+
+        skipped: it ended an update, which was not made. Raises UserError after `limit` of them
+        in a row.
         """
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if finite:
-            return ""
-        self.skipped += 1
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        message = f"non-finite loss or gradient, step skipped ({values}); pictures: "
-        message += ", ".join(pictures)
+        message = f"non-finite loss or gradient, update skipped ({values}); pictures of this "
+        message += f"process: {', '.join(pictures)}"
+        self.skipped += skipped
+        self.in_a_row += skipped
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"{self.limit} steps in a row were skipped. Last: {message}. Lower --lr or "
-                "--clip_norm, check these pictures, or try --amp off; then --resume."
+                f"{self.limit} updates in a row were skipped. Last: {message}. Lower --lr or "
+                "--clip_norm, check these pictures, or try --amp off: with --resume where a "
+                "last.pt was written, or from the start."
             )
         return message

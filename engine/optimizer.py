@@ -1,10 +1,9 @@
 """Optimizers with the original fork's parameter groups, its learning rates, and the EMA."""
 
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from utils.errors import UserError
@@ -105,19 +104,24 @@ class Ema(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.requires_grad_(False)
         self.decay = decay
         self.updates = 0
-        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
-        self.requires_grad_(False)
 
+    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take one step towards the model's weights and statistics."""
-        self.updates += 1
-        super().update_parameters(model)
+        """Take one step towards the model's weights and statistics.
 
-    def _average(self, averaged: Sequence[Tensor], current: Sequence[Tensor], _count) -> None:
-        if not averaged[0].is_floating_point():
-            torch._foreach_copy_(averaged, current)
-            return
+        AveragedModel's own form copies a counter to the GPU and waits for it.
+        """
+        self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        averaged = [*self.module.parameters(), *self.module.buffers()]
+        current = [*model.parameters(), *model.buffers()]
+        pairs = list(zip(averaged, current, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - decay)
+        if counts:
+            torch._foreach_copy_(*map(list, zip(*counts, strict=True)))

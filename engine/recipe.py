@@ -56,6 +56,17 @@ class Recipe:
         """The last epoch of the last phase."""
         return self.phases[-1].last_epoch
 
+    def __str__(self) -> str:
+        lines = []
+        for phase in self.phases:
+            initial, minimal = self.rates(phase)
+            what = "frozen backbone" if phase.frozen else "all layers"
+            lines.append(
+                f"to epoch {phase.last_epoch}: {what}, batch {phase.batch_size}, {self.optimizer}, "
+                f"lr {initial:.2e} to {minimal:.2e} ({self.schedule})"
+            )
+        return "\n".join(lines)
+
     def rates(self, phase: Phase) -> tuple[float, float]:
         """(initial, minimal) learning rate of a phase, for all pictures of one update."""
         pictures = phase.batch_size * self.accumulate * world_size()
@@ -79,7 +90,8 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         if device.type != "cuda":
             return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
     if name not in kinds or (name == "fp16" and device.type == "cpu"):
         raise UserError(f"amp {name!r} on {device.type}: use auto, bf16 or off (fp16 on a GPU).")

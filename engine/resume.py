@@ -24,7 +24,7 @@ def parse_config(
     Raises UserError for a checkpoint that cannot be resumed and for knobs that cannot change.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", default="")
+    finder.add_argument("--resume", default=kind.resume)  # the constant counts, too
     found = finder.parse_known_args()[0].resume
     if not found:
         return tyro.cli(kind, description=description), None
@@ -33,6 +33,11 @@ def parse_config(
     stored = stored_config(kind, checkpoint["config"])
     config = tyro.cli(kind, default=default_for_resume(stored, path), description=description)
     check_resumed(config, stored, changeable)
+    if config.epochs < checkpoint["epoch"]:
+        raise UserError(
+            f"--epochs {config.epochs}: this run has done {checkpoint['epoch']} epochs already. "
+            "Give more of them."
+        )
     return dataclasses.replace(config, weights=stored.weights, resume=str(path)), checkpoint
 
 
@@ -50,7 +55,7 @@ def default_for_resume(stored: Config, path: Path) -> Config:
     from somewhere must not choose what is run.
     """
     conf_loss = "" if ":" in stored.conf_loss else stored.conf_loss
-    new = {"weights": "", "save_dir": "", "device": "", "resume": str(path)}
+    new = {"weights": "", "save_dir": "", "resume": str(path)}
     return dataclasses.replace(stored, conf_loss=conf_loss, **new)
 
 
@@ -74,11 +79,20 @@ def check_resumed(config: Config, stored: Config, changeable: Collection[str]) -
         )
 
 
-def check_same_classes(
-    class_names: Sequence[str], classes_path: str, checkpoint: Mapping[str, Any] | None
+def check_same_data(
+    class_names: Sequence[str],
+    classes_path: str,
+    anchors: Sequence[Sequence[float]],
+    checkpoint: Mapping[str, Any] | None,
 ) -> None:
-    """A run that goes on keeps its classes."""
-    if checkpoint is not None and list(class_names) != list(checkpoint["class_names"]):
+    """A run that goes on keeps its classes and anchors."""
+    if checkpoint is None:
+        return
+    if [list(anchor) for anchor in anchors] != checkpoint["anchors"]:
+        raise UserError(
+            "the anchors file has changed since this run began; bring the old one back."
+        )
+    if list(class_names) != list(checkpoint["class_names"]):
         raise UserError(
             f"{classes_path} holds {', '.join(class_names)}, but the resumed run learns "
             f"{', '.join(checkpoint['class_names'])}. Give its own file with --classes_path."

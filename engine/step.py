@@ -50,11 +50,12 @@ class TrainStep:
         finite = on_every_rank(terms["total"].detach().isfinite())
         self.rollback.restore_unless(finite)
         self.finite = self.finite & finite
-        norm = self._update() if update else torch.zeros_like(terms["total"])
-        figures = HostFigures(dict(terms, grad_norm=norm, finite=self.finite))
+        norm = skipped = torch.zeros_like(terms["total"])
         if update:
+            norm = self._update()
+            skipped = ~self.finite
             self.finite = torch.ones_like(self.finite)
-        return figures
+        return HostFigures(dict(terms, grad_norm=norm, finite=finite, skipped=skipped))
 
     def rehearse(self, images: Tensor, targets: Tensor) -> None:
         """A step's forward and backward that leave no trace, to learn whether memory suffices."""
@@ -77,11 +78,11 @@ class TrainStep:
     def _update(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or float("inf"))
+        self.finite = self.finite & norm.isfinite()
         if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips on overflow, and that is no fault
+            self.scaler.step(self.optimizer)  # skips by itself
             self.scaler.update()
         else:
-            self.finite = self.finite & norm.isfinite()
             self.optimizer.found_inf = (~self.finite).float()
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -66,9 +66,10 @@ class Trainer:
             amp_dtype=recipe.amp_dtype,
             clip_norm=recipe.clip_norm,
         )
-        self.guard = NonFiniteGuard()
+        self.guard = NonFiniteGuard(limit=30 if recipe.amp_dtype == torch.float16 else 5)
         self.figures = EpochFigures(self.guard)
         self.epoch = self.epoch_step = self.global_step = 0  # finished ones
+        self.steps = 0  # of the running epoch
         self.metrics: dict[str, Any] = {"best_AP50": -1.0}
         self.conf_threshold = 0.5  # until an evaluation has measured one
         self.stop_requested = False
@@ -89,8 +90,8 @@ class Trainer:
                         self._run_phase(phase)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                "the GPU's memory is not enough: halve --batch_size (double --accumulate keeps "
-                f"the update) or lower --input_shape. {error}"
+                "the GPU's memory is not enough. Start again with half the --batch_size (double "
+                f"--accumulate keeps the update) or a smaller --input_shape. {error}"
             ) from None
         return self.epoch == self.recipe.epochs
 
@@ -143,6 +144,10 @@ class Trainer:
         self._freeze(phase.frozen)
         strong = self.epoch < self.recipe.strong_share * self.recipe.epochs
         self.train_set.set_epoch(self.epoch, strong=strong)
+        if self.epoch_step and self.steps != len(sampler):
+            self._say("the number of pictures or processes has changed: this epoch begins again")
+            self.epoch_step = 0
+        self.steps = len(sampler)
         sampler.set_epoch(self.epoch, self.epoch_step)
         with self._progress_bar(len(sampler)) as bar:
             for (images, targets), indices in zip(loader, list(sampler), strict=True):
@@ -196,6 +201,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Measure, log and save what the finished epoch has reached."""
         last = self.epoch == self.recipe.epochs
+        self.figures.join_ranks()
         broadcast_buffers(self._weights())  # each rank has seen other pictures
         evaluation, losses = None, {}
         if self.epoch % self.recipe.eval_period == 0 or last:
@@ -258,7 +264,7 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "val_loss": losses["total"],
             "skipped_steps": self.guard.skipped,
-            "pictures_per_second": self.figures.pictures_per_second() * world_size(),
+            "pictures_per_second": self.figures.pictures_per_second(),
             "memory_gb": memory_gb(self.device),
             "seconds": self.figures.state["seconds"],
         }
@@ -288,6 +294,7 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "schedule": {
                 "epoch_step": self.epoch_step,
+                "steps": self.steps,
                 "figures": dict(self.figures.state),
                 "skipped_steps": self.guard.skipped,
             },
@@ -302,13 +309,13 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(checkpoint["model"])
             self.ema.updates = checkpoint["ema"]["updates"]
-            self.ema.n_averaged.fill_(self.ema.updates)
         self.optimizer.load_state_dict(cpu_copy(checkpoint["optimizer"]))
-        self.step.scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"] and self.step.scaler.is_enabled():
+            self.step.scaler.load_state_dict(checkpoint["scaler"])
         self.loss.load_state_dict(checkpoint["loss"])
         schedule = checkpoint["schedule"]
         self.epoch, self.global_step = checkpoint["epoch"], checkpoint["step"]
-        self.epoch_step = schedule["epoch_step"]
+        self.epoch_step, self.steps = schedule["epoch_step"], schedule["steps"]
         self.figures.state.update(schedule["figures"])
         self.guard.skipped = schedule["skipped_steps"]
         self.metrics, self.conf_threshold = checkpoint["metrics"], checkpoint["conf_threshold"]

@@ -261,6 +261,8 @@ def _pick_conf_loss(focal: bool, alpha: float, gamma: float, spec: str) -> nn.Mo
 
 
 def _pick_cls_loss(spec: str, label_smoothing: float) -> nn.Module:
+    if ":" in spec:
+        raise UserError(f"cls_loss {spec!r}: code of your own is for conf_loss. Use bce or focal.")
     loss = build_conf_loss(spec)
     if conf_settings(loss).wants_mask:
         raise UserError(f"cls_loss {spec!r} looks across cells. Use bce or focal.")

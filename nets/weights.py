@@ -66,10 +66,10 @@ def load_weights(
     return report
 
 
-def read_torch_file(path: str | Path) -> Any:
+def read_torch_file(path: str | Path, *, mmap: bool = True) -> Any:
     """Read a file of torch.save on the CPU: tensors and plain types, nothing that runs code.
 
-    The tensors of a file in the zip format are mapped from it, not read until used.
+    With `mmap` the tensors of a file in the zip format are mapped from it, not read until used.
     Raises UserError if the file is missing, damaged or no such file.
     """
     try:
@@ -80,7 +80,8 @@ def read_torch_file(path: str | Path) -> Any:
     if magic not in (ZIP_MAGIC, PICKLE_MAGIC):
         raise UserError(f"{path}: not a weights file. {ACCEPTED}")
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=magic == ZIP_MAGIC)
+        mapped = mmap and magic == ZIP_MAGIC
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise nearly anything
         cause = str(error).strip().split("\n")[0]
         raise UserError(

@@ -34,7 +34,7 @@ def test_two_ranks_share_buffers_and_objects(tmp_path):
     script.write_text(TWO_RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*command, "--master_port=29633", str(script)],
+        [*command, "--standalone", str(script)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

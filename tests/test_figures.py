@@ -7,8 +7,9 @@ from engine.figures import FIGURES, EpochFigures, HostFigures, memory_gb
 from engine.guard import NonFiniteGuard
 
 
-def figures(total, finite=True, norm=1.0):
+def figures(total, finite=True, norm=1.0, skipped=False):
     values = dict.fromkeys(FIGURES, 0.0) | {"total": total, "finite": finite, "grad_norm": norm}
+    values["skipped"] = skipped or not finite
     return HostFigures({name: torch.tensor(float(value)) for name, value in values.items()})
 
 
@@ -68,3 +69,15 @@ def test_figures_come_from_the_gpu_without_a_sync():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert waiting.read() == dict.fromkeys(FIGURES, 1.0)
+
+
+def test_a_finite_batch_of_a_skipped_update_does_not_end_the_row():
+    guard = NonFiniteGuard(limit=3)
+    epoch = EpochFigures(guard)
+    for _ in range(2):
+        epoch.push(figures(1.0, norm=0.0), ["good.jpg"])
+        epoch.push(figures(1.0, norm=float("nan"), skipped=True), ["last.jpg"])
+    epoch.flush()
+    assert guard.in_a_row == 2
+    assert math.isnan(epoch.mean("grad_norm"))  # no update was made
+    assert epoch.mean("total") == 1.0

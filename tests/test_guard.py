@@ -44,14 +44,20 @@ def test_rollback_keeps_a_good_forward_and_changes_no_statistics_itself():
 def test_guard_names_pictures_and_terms_and_stops_after_a_few_in_a_row():
     guard = NonFiniteGuard(limit=3)
     terms = {"total": float("nan"), "loc": 0.5}
-    assert guard.check(terms, finite=True, pictures=["a.jpg"]) == ""
     for _ in range(2):
-        message = guard.check(terms, finite=False, pictures=["a.jpg", "b.jpg"])
+        message = guard.check(terms, skipped=True, pictures=["a.jpg", "b.jpg"])
         assert "a.jpg, b.jpg" in message
         assert "total nan, loc 0.5" in message
-    assert guard.check(terms, finite=True, pictures=[]) == ""
+    guard.updated()
     for _ in range(2):
-        guard.check(terms, finite=False, pictures=["c.jpg"])
-    with pytest.raises(UserError, match=r"3 steps in a row.*total nan.*c\.jpg"):
-        guard.check(terms, finite=False, pictures=["c.jpg"])
+        guard.check(terms, skipped=True, pictures=["c.jpg"])
+    with pytest.raises(UserError, match=r"3 updates in a row.*total nan.*c\.jpg"):
+        guard.check(terms, skipped=True, pictures=["c.jpg"])
     assert guard.skipped == 5
+
+
+def test_a_bad_batch_that_ends_no_update_is_told_but_not_counted():
+    guard = NonFiniteGuard(limit=2)
+    for _ in range(5):
+        assert "a.jpg" in guard.check({"total": 1.0}, skipped=False, pictures=["a.jpg"])
+    assert guard.skipped == 0

@@ -121,7 +121,7 @@ def test_ema_follows_weights_and_statistics_with_a_ramped_decay():
             with torch.no_grad():
                 value.add_(1)
         ema.update_parameters(model)
-        decay = 0.0 if update == 1 else min(0.5, (1 + update) / (10 + update))
+        decay = min(0.5, (1 + update) / (10 + update))
         for key, value in model.state_dict().items():
             old = expected[key]
             expected[key] = (

@@ -5,7 +5,7 @@ import pytest
 
 from engine.resume import (
     check_resumed,
-    check_same_classes,
+    check_same_data,
     default_for_resume,
     folder_of_resumed,
     stored_config,
@@ -37,14 +37,18 @@ def test_registered_losses_come_from_the_checkpoint():
 def test_only_what_does_not_change_the_learning_may_change():
     stored = Config()
     check_resumed(Config(epochs=400, num_workers=0, device="cpu"), stored, CHANGEABLE)
-    with pytest.raises(UserError, match="cannot change lr, seed"):
-        check_resumed(Config(lr=0.1, seed=5), stored, CHANGEABLE)
+    with pytest.raises(UserError, match="cannot change width, seed"):
+        check_resumed(Config(width=0.1, seed=5), stored, CHANGEABLE)
 
 
 def test_other_classes_are_refused_with_both_lists():
-    check_same_classes(("a", "b"), "c.txt", None)
+    stored = {"class_names": ["b", "a"], "anchors": [[1, 2]]}
+    check_same_data(("a", "b"), "c.txt", [(1, 2)], None)
+    check_same_data(("b", "a"), "c.txt", [(1, 2)], stored)
     with pytest.raises(UserError, match=r"c\.txt holds a, b.* learns b, a"):
-        check_same_classes(("a", "b"), "c.txt", {"class_names": ["b", "a"]})
+        check_same_data(("a", "b"), "c.txt", [(1, 2)], stored)
+    with pytest.raises(UserError, match="anchors file has changed"):
+        check_same_data(("b", "a"), "c.txt", [(1, 3)], stored)
 
 
 def test_metrics_and_best_move_along_to_another_folder(tmp_path):

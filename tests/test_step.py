@@ -61,7 +61,8 @@ def test_a_non_finite_loss_changes_nothing_and_the_next_step_learns(bad):
     step = make_step()
     assert step(*batch()).read()["finite"] == 1
     before = state_of(step)
-    assert step(*batch(bad)).read()["finite"] == 0
+    figures = step(*batch(bad)).read()
+    assert (figures["finite"], figures["skipped"]) == (0, 1)
     model_part = {k: v for k, v in before.items() if not k.startswith("ema.")}
     after = state_of(step)
     for key, value in model_part.items():
@@ -74,10 +75,12 @@ def test_a_non_finite_loss_changes_nothing_and_the_next_step_learns(bad):
 def test_one_bad_batch_of_an_accumulated_update_skips_the_update():
     step = make_step()
     before = step.model[0].weight.clone()
-    step(*batch(float("nan")), group_size=2, update=False)
-    assert step(*batch(), group_size=2, update=True).read()["finite"] == 0
+    first = step(*batch(float("nan")), group_size=2, update=False).read()
+    assert (first["finite"], first["skipped"]) == (0, 0)
+    second = step(*batch(), group_size=2, update=True).read()
+    assert (second["finite"], second["skipped"]) == (1, 1)
     assert torch.equal(step.model[0].weight, before)
-    assert step(*batch()).read()["finite"] == 1
+    assert step(*batch()).read()["skipped"] == 0
 
 
 def test_accumulating_two_batches_is_the_mean_of_their_gradients():

@@ -275,7 +275,7 @@ def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(
     more = {"conf_loss": "my_losses:Broken", "batch_size": 1}
     done = run_with_losses(*flags(tiny_voc, tmp_path / "run", **more))
     assert done.returncode == 2
-    assert "5 steps in a row" in done.stderr
+    assert "5 updates in a row" in done.stderr
     assert "conf nan" in done.stderr
     assert "picture " in done.stderr
     assert "Traceback" not in done.stderr
@@ -297,6 +297,8 @@ def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(
         ({"anchors_path": "nowhere.txt"}, "nine w,h pairs"),
         ({"weights": "nowhere.pt"}, "nowhere.pt"),
         ({"lr": -1}, "lr is -1"),
+        ({"focal_gamma": 3}, "--focal_loss"),
+        ({"cls_loss": "my_losses:Broken"}, "Use bce or focal"),
     ],
 )
 def test_a_wrong_flag_is_one_message_and_status_2(
@@ -344,8 +346,8 @@ def test_every_knob_is_read():
 @pytest.mark.parametrize("focal", [False, True])
 def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, focal):
     more = ["--focal_loss"] if focal else []
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    torchrun += ["--master_port", str(29600 + focal)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun.append("--nproc_per_node=2")
     done = subprocess.run(
         [*torchrun, "train.py", *flags(tiny_voc, tmp_path / "run", batch_size=3), *more],
         cwd=ROOT,

@@ -223,7 +223,7 @@ def test_every_filter_starts_with_the_same_norm_and_outputs_near_zero():
     outputs = model.train()(torch.rand(4, 3, 64, 64))
     for output in outputs:
         assert output.std(dim=(0, 2, 3)).max() < 0.5
-        assert output.unflatten(1, (3, -1))[:, :, 4].sigmoid().mean() == pytest.approx(
+        assert output.unflatten(1, (3, -1))[:, :, 4].sigmoid().mean().item() == pytest.approx(
             0.01, rel=0.3
         )
 

@@ -34,6 +34,11 @@ def main() -> None:
         raise UserError(
             "No weights given. Use --weights logs/RUN/best.pt, a file of your training."
         )
+    if config.batch_size < 1 or config.num_workers < 0:
+        raise UserError(
+            f"--batch_size {config.batch_size}, --num_workers {config.num_workers}: give at least "
+            "1 and 0."
+        )
     device = select_device(config.device)
     checkpoint = read_checkpoint(config.weights)
     model = build_model(checkpoint, device)

@@ -76,6 +76,8 @@ class Predictor:
         alpha, or a PIL image. A list in gives a list out. Raises UserError for anything else.
         """
         self.max_score = None
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: give 1 or more.")
         if not isinstance(pictures, list | tuple):
             return self._detect([pictures])[0]
         detections: list[Detections] = []

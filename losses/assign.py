@@ -16,8 +16,8 @@ from utils.decode import STRIDES
 
 # Pairs of a ground truth and a predicted box that the ignore test holds at once. On a CPU a plane
 # of a megabyte stays in the cache (2.6 ms for 2**20 pairs in all, 3.7 ms undivided); a GPU wants
-# few launches.
-PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**25}
+# few launches, and five planes of 16 MiB are little there.
+PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
 
 
 class Positives(NamedTuple):
@@ -80,7 +80,8 @@ def assign(
     input_h, input_w = (STRIDES[0] * cells for cells in grids[0])
     sizes = torch.stack((targets[:, 4] * input_w, targets[:, 5] * input_h), dim=-1)
     anchor_ids, wanted = ASSIGNERS[assigner](anchor_overlap(sizes, anchors), threshold)
-    wanted = wanted & (targets[:, 1:2] >= 0)
+    known = (targets[:, 1:2] >= 0) & (targets[:, 1:2] < num_classes)
+    wanted = wanted & known
     rows, columns, boxes_grid = _locate(targets, grids)
     first, per_image = _number_cells(rows, columns, grids)
     cells = first[..., None] + anchor_ids + per_image * targets[:, :1].long()
@@ -165,7 +166,7 @@ def overlaps_truth(
     # right side, being one for all ground truths of a picture, is compared only once.
     x1, y1, x2, y2 = corners
     excess = torch.zeros_like(x1)
-    chunk = max(1, PAIRS_AT_ONCE.get(x1.device.type, 2**25) // x1.shape[1])
+    chunk = max(1, PAIRS_AT_ONCE.get(x1.device.type, 2**22) // x1.shape[1])
     for truths, image in zip(truths_xyxy.split(chunk), images.split(chunk), strict=True):
         left, top, right, bottom = truths[..., None].unbind(1)
         width = x2.index_select(0, image).clamp_(max=right)

@@ -118,6 +118,11 @@ class YOLOLoss(nn.Module):
         Under torch.distributed this is a collective call: the denominators are sums over ranks.
         """
         self._check_outputs(outputs)
+        if targets.ndim != 2 or targets.shape[1] != 6:
+            raise UserError(
+                f"targets have shape {tuple(targets.shape)}; give (N, 6): image index, class id, "
+                "cx, cy, w, h, as utils.dataset.collate makes them."
+            )
         with torch.autocast(outputs[0].device.type, enabled=False):
             return self._terms(outputs, targets.float())
 
@@ -192,7 +197,7 @@ class YOLOLoss(nn.Module):
         """The mean over each scale's positives and classes, summed over scales, times C / 80."""
         target = positives.classes * (1 - self.label_smoothing) + self.label_smoothing / 2
         losses = self.cls_loss(logits, target).sum(-1) * positives.chosen
-        return conf_settings(self.cls_loss).gain / 80 * (losses.sum((1, 2)) / count).sum()
+        return 1 / 80 * (losses.sum((1, 2)) / count).sum()
 
     def _conf_target(self, predicted: Tensor, truths: Tensor, positives: Positives) -> Tensor:
         """(B, K): 0 for negatives; 1, or the IoU of the predicted box, for positives."""
@@ -243,10 +248,10 @@ def _sum_by_scale(values: Tensor, cells: list[int]) -> Tensor:
 
 def _positive_share(conf: Tensor, objectness: Tensor, positive: Tensor) -> dict[str, Tensor]:
     """What share of the confidence term's gradient on the logits the positives have."""
-    if not conf.requires_grad:
+    if not (conf.requires_grad and objectness.requires_grad):
         return {}
-    (gradient,) = torch.autograd.grad(conf, objectness, retain_graph=True)
-    size = gradient.abs()
+    (gradient,) = torch.autograd.grad(conf, objectness, retain_graph=True, allow_unused=True)
+    size = torch.zeros_like(objectness) if gradient is None else gradient.abs()
     share = (size * positive).sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
     return {"conf_positive_share": share}
 

@@ -87,6 +87,13 @@ def test_values_beyond_16_bits_are_refused_with_the_cure(tmp_path):
         read_image(tmp_path / "a.tif")
 
 
+def test_the_check_refuses_what_cannot_be_read(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    for reader in (check_image, read_image):
+        with pytest.raises(UserError, match=r"float\.tif"):
+            reader(tmp_path / "float.tif")
+
+
 def test_transparency_is_laid_on_white(tmp_path):
     pixels = np.zeros((1, 3, 4), np.uint8)
     pixels[0, :, 3] = 0, 128, 255

@@ -24,7 +24,13 @@ from tools.make_sample_voc import (
     split_indices,
 )
 from tools.sample_objects import CLUTTER
-from tools.sample_scenes import Scene, clutter_scene, compose, landscape_scene
+from tools.sample_scenes import (
+    Scene,
+    _place_in_landscape,
+    clutter_scene,
+    compose,
+    landscape_scene,
+)
 from tools.sample_shapes import Sketch, Sprite
 from utils.errors import UserError
 
@@ -296,3 +302,10 @@ def test_the_command_prints_a_message_alone_and_exits_with_2(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: --images 3")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("seed", [82, 83])
+def test_an_object_too_tall_for_the_sky_is_drawn_smaller(seed):
+    scene = Scene(np.zeros((212, 320, 3), np.float32))
+    _place_in_landscape(scene, "kite", horizon=131, rng=np.random.default_rng(seed))
+    assert len(scene.placements) == 1

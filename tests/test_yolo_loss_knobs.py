@@ -161,10 +161,18 @@ def test_anchor_threshold_and_input_shape_change_something():
     assert large["cls"] == small["cls"]
 
 
-def test_cls_focal_is_the_elementwise_focal_with_its_gain():
+def test_cls_focal_is_the_elementwise_focal_without_the_gain_of_the_confidence():
     outputs, targets = make_outputs(), make_targets()
     half = make_loss(cls_loss="focal(alpha=0.5, gamma=0)")(outputs, targets)
-    assert half["cls"].item() == pytest.approx(5 * make_loss()(outputs, targets)["cls"].item())
+    assert half["cls"].item() == pytest.approx(make_loss()(outputs, targets)["cls"].item() / 2)
+
+
+def test_targets_of_another_shape_and_unknown_classes_do_no_harm():
+    outputs = make_outputs()
+    with pytest.raises(UserError, match=r"\(3, 5\)"):
+        make_loss()(outputs, torch.zeros(3, 5))
+    unknown = torch.tensor([[0, 99, 0.5, 0.5, 0.2, 0.2]])
+    assert make_loss()(outputs, unknown)["positives"] == 0
 
 
 @pytest.mark.parametrize(
@@ -175,7 +183,7 @@ def test_cls_focal_is_the_elementwise_focal_with_its_gain():
         ({"focal_loss": True, "focal_gamma": -1.0}, "gamma"),
         ({"cls_loss": "softmax"}, "unknown"),
         ({"cls_loss": "focal", "label_smoothing": 0.1}, "label_smoothing"),
-        ({"cls_loss": "tests.test_yolo_loss_knobs:Recorder(wants_mask=True)"}, "across cells"),
+        ({"cls_loss": "my_losses:Mine"}, "code of your own"),
         ({"box_loss": "piou"}, "ciou, siou, eiou"),
         ({"assigner": "all"}, "best_anchor, iou_threshold"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
@@ -216,3 +224,23 @@ def test_constants_follow_the_device_and_stay_out_of_checkpoints():
     assert not loss.state_dict()
     assert {name for name, _ in loss.named_buffers()} == {"anchors", "strides", "scales", "balance"}
     assert make_loss().prior_pi is None
+
+
+class OwnParameter(nn.Module):
+    """A plug-in with a weight of its own that does not look at the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, logits, targets):
+        return self.weight * torch.ones_like(targets)
+
+
+def test_a_plug_that_ignores_the_logits_has_no_share_but_works():
+    loss = make_loss(conf_loss="tests.test_yolo_loss_knobs:OwnParameter")
+    for requires_grad in (False, True):
+        outputs = [raw.detach().requires_grad_(requires_grad) for raw in make_outputs()]
+        terms = loss(outputs, make_targets())
+        assert terms["total"].isfinite()
+        assert terms.get("conf_positive_share", torch.zeros(())) == 0

@@ -135,6 +135,8 @@ def _place_in_landscape(scene: Scene, name: str, *, horizon: int, rng: Generator
         sprite = sketch.sprite()
         rows, columns = sprite.alpha.shape
         highest, lowest = (horizon + 6, height) if name == "sailboat" else (rows, horizon)
+        if highest > lowest or columns > width:
+            continue  # no room at this size
         foot = rng.uniform(highest, lowest)
         left = rng.uniform(0, width - columns)
         placement = Placement(name, sprite, round(left), round(foot) - rows)

@@ -88,6 +88,8 @@ def check_image(path: str | PathLike) -> ImageHeader:
         header = _header(picture)
         picture.draft("L", (1, 1))
         picture.load()
+        if picture.mode[0] in "FI":
+            _to_8_bit(np.asarray(picture))  # what cannot be shown is said now
     return header
 
 

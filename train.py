@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.distributed import (
-    broadcast_object,
-    is_main,
-    process_group,
-    select_device,
-    world_size,
-)
+from engine.distributed import broadcast_object, is_main, process_group, select_device, world_size
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
 from engine.resume import check_same_data, folder_of_resumed, parse_config

@@ -29,7 +29,6 @@ from utils.voc import Sample, read_class_names, scan_split
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Edit here. Every line is also a flag; its comment is the flag's help.
-
     # Data
     train: str = "VOCdevkit/VOC2007:train"  # training split, ROOT:SPLIT, several joined by +
     val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt

@@ -98,8 +98,8 @@ def evaluate(
 ) -> Evaluation:
     """Detect on all pictures and score the boxes; with `loss`, its mean from the same forward.
 
-    Under torchrun every rank calls this, takes its share of the pictures and returns the same.
-    The modes of model and loss are as before afterwards. Raises UserError without pictures.
+    Under torchrun every rank calls this, takes its share and returns the same. The modes of model
+    and loss are as before afterwards. Raises UserError without pictures.
     """
     started = time.perf_counter()
     detections: list[np.ndarray] = []
@@ -124,8 +124,7 @@ def evaluate(
             detections += in_picture_pixels(kept, batch, input_shape)
             if loss is not None:
                 means.add(loss(outputs, targets), len(batch))
-    merged = _gather_pictures(detections, len(samples))
-    seconds = time.perf_counter() - started
+    merged, seconds = _gather_pictures(detections, len(samples)), time.perf_counter() - started
     return dataclasses.replace(
         score_detections(samples, merged, class_names),
         highest_score=float(np.max(gather_objects(highest.item()))),

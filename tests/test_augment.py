@@ -209,11 +209,14 @@ def test_pictures_of_any_shape_work(image_hw):
 def test_the_source_is_never_written_to():
     augmentation, rng = Augmentation(), np.random.default_rng(0)
     picture = two_boxes((40, 50), 1)
+    image, boxes_xyxy = picture.image.copy(), picture.boxes_xyxy.copy()
     picture.image.flags.writeable = picture.boxes_xyxy.flags.writeable = False
     for _ in range(20):
         single = random_single(picture, (64, 64), augmentation=augmentation, rng=rng)
         mosaic = random_mosaic([picture] * 4, (64, 64), augmentation=augmentation, rng=rng)
         mixup(single, mosaic)
+    assert np.array_equal(picture.image, image)
+    assert np.array_equal(picture.boxes_xyxy, boxes_xyxy)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ class Config:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
     if not config.weights:
         raise UserError(
             "No weights given. Use --weights logs/RUN/best.pt, a file of your training."

@@ -35,7 +35,7 @@ class Config:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
     if not config.weights:
         raise UserError(
             "No weights given. Use --weights logs/RUN/best.pt, a file of your training."
@@ -49,7 +49,7 @@ def main() -> None:
         conf_threshold=config.conf_threshold,
         nms_iou=config.nms_iou,
     )
-    folder = make_folder(config.save_dir)
+    folder = make_folder(config.save_dir, config.source)
 
     started = time.perf_counter()
     with Results(folder, [*pictures, *videos]) as results:
@@ -88,9 +88,11 @@ def find_sources(source: str) -> tuple[list[Path], list[Path], str]:
     return pictures, videos, f"{source}: {others} other files or folders left out" if others else ""
 
 
-def make_folder(save_dir: str) -> Path:
+def make_folder(save_dir: str, source: str) -> Path:
     """The folder for the results, made before the work that they cost."""
     folder = Path(save_dir or time.strftime("logs/predict-%Y%m%d-%H%M%S"))
+    if folder.resolve() == Path(source).resolve():
+        raise UserError(f"--save_dir {folder} is the source: results would mix with your pictures.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -129,7 +129,9 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     )
     train_set = training_set(config, train_samples)
     describe(config, recipe, model, device, folder)
-    last_epoch = resume["epoch"] if resume is not None else 0
+    last_epoch = 0 if resume is None else resume["epoch"]
+    if last_epoch == config.epochs and is_main():
+        print(f"all {config.epochs} epochs are done; --epochs gives more, the schedule follows")
     run_log = RunLog(folder, dataclasses.asdict(config), last_epoch) if is_main() else nullcontext()
     with run_log as log:
         trainer = Trainer(
@@ -154,8 +156,7 @@ def check_config(config: Config, *, resumes: bool) -> None:
         raise UserError(f"input_shape {height} {width}: both must be multiples of 32, at least 32.")
     if config.freeze_epochs > 0 and not config.weights and not resumes:
         raise UserError(
-            f"freeze_epochs {config.freeze_epochs} freezes a backbone that knows nothing: give "
-            "--weights, or --freeze_epochs 0."
+            "freeze_epochs would freeze a backbone that knows nothing: give --weights, or 0 of them."
         )
     focal = (config.focal_alpha, config.focal_gamma) != (Config.focal_alpha, Config.focal_gamma)
     if focal and not config.focal_loss:

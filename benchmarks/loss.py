@@ -73,7 +73,7 @@ def check_no_sync(step: Callable[[], dict[str, Tensor]]) -> None:
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device. Use --device cpu.")
     if config.assigner not in ASSIGNERS:

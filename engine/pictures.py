@@ -1,5 +1,6 @@
 """Pictures that show what a training sees and what it finds."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,11 @@ from torch import Tensor
 from utils.boxes import cxcywh_to_xyxy
 from utils.draw import draw_boxes, picture_grid
 from utils.image import read_image
-from utils.letterbox import image_to_letterbox, letterbox
+from utils.letterbox import image_to_letterbox, letterbox, resize
 from utils.voc import Sample
 
 MOST_PICTURES = 8
+MIN_SIDE = 320  # of the longer side of one picture of a training batch
 SHOWN_HW = (416, 416)  # size of one picture of detections
 
 
@@ -21,13 +23,15 @@ def batch_picture(images: Tensor, targets: Tensor, class_names: Sequence[str]) -
 
     images: uint8 (B, 3, H, W); targets: (N, 6). Returns RGB uint8.
     """
-    size = targets.new_tensor([images.shape[3], images.shape[2]]).repeat(2)
+    height, width = images.shape[2:]
+    zoom = math.ceil(MIN_SIDE / max(height, width))  # labels would cover a smaller picture
+    size = targets.new_tensor([width, height]).repeat(2) * zoom
     drawn = []
     for index, image in enumerate(images[:MOST_PICTURES]):
         rows = targets[targets[:, 0] == index]
         boxes_xyxy = (cxcywh_to_xyxy(rows[:, 2:]) * size).numpy()
-        class_ids = rows[:, 1].int().numpy()
-        drawn.append(draw_boxes(image.permute(1, 2, 0).numpy(), boxes_xyxy, class_ids, class_names))
+        pixels = resize(image.permute(1, 2, 0).numpy(), (height * zoom, width * zoom))
+        drawn.append(draw_boxes(pixels, boxes_xyxy, rows[:, 1].int().numpy(), class_names))
     return picture_grid(drawn)
 
 

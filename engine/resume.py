@@ -27,11 +27,12 @@ def parse_config(
     finder.add_argument("--resume", default=kind.resume)  # the constant counts, too
     found = finder.parse_known_args()[0].resume
     if not found:
-        return tyro.cli(kind, description=description), None
+        return tyro.cli(kind, description=description, use_underscores=True), None
     path = Path(found) / "last.pt" if Path(found).is_dir() else Path(found)
     checkpoint = read_checkpoint(path, for_resume=True)
     stored = stored_config(kind, checkpoint["config"])
-    config = tyro.cli(kind, default=default_for_resume(stored, path), description=description)
+    default = default_for_resume(stored, path)
+    config = tyro.cli(kind, default=default, description=description, use_underscores=True)
     check_resumed(config, stored, changeable)
     if config.epochs < checkpoint["epoch"]:
         raise UserError(

@@ -206,7 +206,7 @@ def make_sample(
 
 
 def main() -> None:
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
     drawn = make_sample(**dataclasses.asdict(config))
     counts = ", ".join(f"{name} {drawn[name]}" for name in CLASSES[config.difficulty])
     print(f"{config.out}: {config.images} pictures, {drawn.total()} objects ({counts})")

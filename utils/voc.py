@@ -181,6 +181,7 @@ def _unknown_names(
         for name, uses in sorted(unknown.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     own_files = [str(root / "classes.txt") for root in roots if (root / "classes.txt").is_file()]
+    own_files = [path for path in own_files if path != str(classes_path)]
     hint = f" (perhaps {' or '.join(own_files)})" if own_files else ""
     return [
         f"{' and '.join(map(str, roots))}: the annotations use {len(used)} class names, "

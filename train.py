@@ -156,7 +156,7 @@ def check_config(config: Config, *, resumes: bool) -> None:
         raise UserError(f"input_shape {height} {width}: both must be multiples of 32, at least 32.")
     if config.freeze_epochs > 0 and not config.weights and not resumes:
         raise UserError(
-            "freeze_epochs would freeze a backbone that knows nothing: give --weights, or 0 of them."
+            "freeze_epochs would freeze a backbone that knows nothing: give --weights, or 0 epochs"
         )
     focal = (config.focal_alpha, config.focal_gamma) != (Config.focal_alpha, Config.focal_gamma)
     if focal and not config.focal_loss:

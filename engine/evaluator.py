@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.distributed import gather_objects, rank, world_size
+from engine.step import to_input
 from utils.average_precision import (
     Matches,
     area_under_curve,
@@ -92,9 +93,7 @@ def evaluate(
     batch_size: int = 8,
     num_workers: int = 0,
     loss: nn.Module | None = None,
-    amp_dtype: torch.dtype | None = None,
     progress: bool = True,
-    channels_last: bool = True,
 ) -> Evaluation:
     """Detect on all pictures and score the boxes; with `loss`, its mean from the same forward.
 
@@ -112,9 +111,7 @@ def evaluate(
         device=device,
         batch_size=batch_size,
         num_workers=num_workers,
-        amp_dtype=amp_dtype,
         progress=progress,
-        channels_last=channels_last,
     )
     with evaluating(model, loss):
         for batch, outputs, targets in batches:
@@ -162,9 +159,7 @@ def forward_batches(
     device: torch.device,
     batch_size: int = 8,
     num_workers: int = 0,
-    amp_dtype: torch.dtype | None = None,
     progress: bool = True,
-    channels_last: bool = True,
 ) -> Iterator[tuple[Sequence[Sample], Sequence[Tensor], Tensor]]:
     """Batch after batch, in order: its samples, the network's raw maps and the targets."""
     loader = DataLoader(
@@ -175,12 +170,9 @@ def forward_batches(
         worker_init_fn=init_worker,
         pin_memory=device.type == "cuda",
     )
-    layout = torch.channels_last if channels_last else torch.contiguous_format
     bar = tqdm(loader, desc="validating", unit="batch", leave=False, disable=not progress)
     for index, (images, targets) in enumerate(bar):
-        images = images.to(device, non_blocking=True).contiguous(memory_format=layout)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
-            outputs = model(images.float() / 255)
+        outputs = model(to_input(images, device))  # float32: the mAP of training and afterwards
         first = index * batch_size
         yield samples[first : first + batch_size], outputs, targets.to(device, non_blocking=True)
 

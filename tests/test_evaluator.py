@@ -211,16 +211,6 @@ def test_the_light_pass_gives_the_same_losses(samples):
     assert all(math.isfinite(value) for value in alone.values())
 
 
-def test_half_precision_is_used_when_asked_for(samples):
-    class Seen(Recorded):
-        def forward(self, images):
-            assert torch.is_autocast_enabled("cpu")
-            return super().forward(images)
-
-    model = Seen(perfect_model(samples).maps)
-    assert evaluate(model, samples, amp_dtype=torch.bfloat16, **SETTINGS).AP50 == 1
-
-
 def test_modes_and_statistics_are_as_before_afterwards(samples):
     model, loss = perfect_model(samples).train(), MeanLogit().train()
     model.frozen = nn.BatchNorm2d(3).eval()

@@ -9,9 +9,11 @@ import tyro
 
 from engine.checkpoint import build_model, read_checkpoint
 from engine.distributed import select_device
-from engine.evaluator import Evaluation, evaluate, format_table
+from engine.evaluator import evaluate
+from engine.scoring import Evaluation, format_table
+from utils.calibration import OperatingPoint
 from utils.errors import UserError, run_script
-from utils.plots import plot_precision_recall
+from utils.plots import plot_precision_recall, plot_reliability
 from utils.voc import scan_split
 
 
@@ -67,10 +69,20 @@ def main() -> None:
         batch_size=config.batch_size,
         num_workers=config.num_workers,
     )
+    fixed = evaluation.at_threshold(checkpoint["conf_threshold"])
     print(format_table(evaluation))
+    print(format_fixed(fixed))
     print(f"{evaluation.pictures_per_second:.1f} pictures/s, reading included, on {device}")
-    write_results(folder, evaluation, config)
-    print(f"wrote {folder / 'evaluation.json'} and {folder / 'precision_recall.png'}")
+    write_results(folder, evaluation, fixed, config)
+    print(f"wrote evaluation.json, precision_recall.png and reliability.png to {folder}")
+
+
+def format_fixed(fixed: OperatingPoint) -> str:
+    """The honest line: a threshold of best F1 is chosen on the split, the checkpoint's is not."""
+    return (
+        f"F1 {fixed.f1:.4f} at the checkpoint's score >= {fixed.conf_threshold:.4f}: precision "
+        f"{fixed.precision:.4f}, recall {fixed.recall:.4f} (not chosen on this split)"
+    )
 
 
 def make_folder(folder: Path) -> None:
@@ -81,13 +93,28 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--save_dir {folder}: cannot make the folder ({error}).") from None
 
 
-def write_results(folder: Path, evaluation: Evaluation, config: Config) -> None:
-    """evaluation.json and precision_recall.png; those of an earlier evaluation are replaced."""
-    results = {**evaluation.to_json(), "config": dataclasses.asdict(config)}
+def write_results(
+    folder: Path, evaluation: Evaluation, fixed: OperatingPoint, config: Config
+) -> None:
+    """evaluation.json and the two pictures; those of an earlier evaluation are replaced."""
+    results = {
+        **evaluation.to_json(),
+        "at_checkpoint_threshold": fixed._asdict(),
+        "config": dataclasses.asdict(config),
+    }
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     path = folder / "precision_recall.png"
     plot_precision_recall(path, evaluation.curves, evaluation.per_class)
+    plot_reliability(
+        folder / "reliability.png",
+        evaluation.reliability,
+        ece=evaluation.ece,
+        thresholds={
+            "best F1 here": evaluation.conf_threshold,
+            "the checkpoint's": fixed.conf_threshold,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Config:
     source: str = ""  # a picture, a video file, or a folder of both
     save_dir: str = ""  # folder for the results; empty: logs/predict-<time>
     conf_threshold: float | None = None  # lowest score shown; None: the checkpoint's, of best F1
+    class_thresholds: bool = False  # use, instead, each class's own threshold of best F1
     nms_iou: float = 0.45  # of two boxes of a class that overlap more, only the better is shown
     device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
     batch_size: int = 8  # pictures or frames at a time; halve it on "out of memory"
@@ -48,8 +50,9 @@ def main() -> None:
         device=config.device or None,
         conf_threshold=config.conf_threshold,
         nms_iou=config.nms_iou,
+        class_thresholds=config.class_thresholds,
     )
-    folder = make_folder(config.save_dir, config.source)
+    folder = results_folder(config.save_dir, config.source)
 
     started = time.perf_counter()
     with Results(folder, [*pictures, *videos]) as results:
@@ -88,15 +91,11 @@ def find_sources(source: str) -> tuple[list[Path], list[Path], str]:
     return pictures, videos, f"{source}: {others} other files or folders left out" if others else ""
 
 
-def make_folder(save_dir: str, source: str) -> Path:
-    """The folder for the results, made before the work that they cost."""
+def results_folder(save_dir: str, source: str) -> Path:
+    """The folder for the results, which is not yet made."""
     folder = Path(save_dir or time.strftime("logs/predict-%Y%m%d-%H%M%S"))
     if folder.resolve() == Path(source).resolve():
         raise UserError(f"--save_dir {folder} is the source: results would mix with your pictures.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save_dir {folder}: cannot make the folder ({error}).") from None
     return folder
 
 
@@ -159,7 +158,8 @@ def write_picture(path: Path, image_rgb: np.ndarray) -> None:
 class Results:
     """What is written into the folder, and what is told at the end. A context manager.
 
-    No source is written over, nor any file of a folder that is not an earlier prediction's.
+    No source is written over, nor any file of a folder that is not an earlier prediction's. The
+    folder is made at once, before the work that its results cost, and goes when there are none.
     """
 
     def __init__(self, folder: Path, sources: Sequence[Path]):
@@ -169,11 +169,16 @@ class Results:
         self.boxes_per_class: Counter[str] = Counter()
         self.pictures = 0
         self.max_score = 0.0
+        self._made = [path for path in (folder, *folder.parents) if not path.exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save_dir {folder}: cannot make the folder ({error}).") from None
         strangers = [] if (folder / RECORDS).exists() else list(folder.iterdir())
         inside = [path for path in map(Path.resolve, sources) if path.parent == folder.resolve()]
         self._taken = {path.name.casefold() for path in (*strangers, *inside)}
-        try:
-            self._records = open(folder / RECORDS, "w", encoding="utf-8")  # noqa: SIM115
+        try:  # to append: the records of an earlier prediction go when there is a first new one
+            self._records = open(folder / RECORDS, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"--save_dir {folder}: cannot be written to ({error}).") from None
 
@@ -182,6 +187,12 @@ class Results:
 
     def __exit__(self, *exception) -> None:
         self._records.close()
+        if not (self.folder / RECORDS).stat().st_size:
+            (self.folder / RECORDS).unlink()
+        if not self.pictures:
+            with suppress(OSError):  # whatever else came to lie there stays
+                for path in self._made:
+                    path.rmdir()
 
     def free_path(self, name: str) -> Path:
         """A path in the folder for this name, numbered where it is taken: a.mp4, a-2.mp4, ..."""
@@ -214,6 +225,8 @@ class Results:
             }
             for box, score, class_id in rows
         ]
+        if self.pictures == 0:
+            self._records.truncate(0)
         self.pictures += 1
         self.boxes_per_class.update(box["class_name"] for box in boxes)
         record = {
@@ -227,20 +240,32 @@ class Results:
 
     def summary(self, predictor: Predictor, seconds: float) -> str:
         """Boxes per class, speed, place, and whatever was odd."""
-        threshold = f"score >= {predictor.conf_threshold:.4g}"
-        boxes = ", ".join(f"{name} {count}" for name, count in self.boxes_per_class.most_common())
-        lines = [
-            f"{self.boxes_per_class.total()} boxes with {threshold}: {boxes or 'none'}",
-            f"{self.pictures} pictures or frames, {self.pictures / seconds:.1f} a second "
-            f"on {predictor.device}, reading and writing included",
-            f"wrote {self.folder} with {RECORDS}",
-        ]
-        if self.pictures and not boxes:
-            lines[0] = (
-                f"No box has a {threshold}; the highest score seen is {self.max_score:.2g}. "
-                "To see more, lower --conf_threshold."
-            )
+        if not self.pictures:
+            lines = ["nothing could be read: nothing is written"]
+        else:
+            lines = [
+                self._boxes_line(predictor),
+                f"{self.pictures} pictures or frames, {self.pictures / seconds:.1f} a second "
+                f"on {predictor.device}, reading and writing included",
+                f"wrote {self.folder} with {RECORDS}",
+            ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+    def _boxes_line(self, predictor: Predictor) -> str:
+        """How many boxes of each class, or why there is none."""
+        threshold = f"score >= {predictor.conf_threshold:.4g}"
+        cure = "lower --conf_threshold"
+        if predictor.class_thresholds:
+            highest = max(predictor.class_thresholds.values())
+            threshold += f" to {highest:.4g}, its class's own"
+            cure = "give a --conf_threshold instead of --class_thresholds"
+        if not self.boxes_per_class:
+            return (
+                f"No box has a {threshold}; the highest score seen is {self.max_score:.2g}. "
+                f"To see more, {cure}."
+            )
+        boxes = ", ".join(f"{name} {count}" for name, count in self.boxes_per_class.most_common())
+        return f"{self.boxes_per_class.total()} boxes with {threshold}: {boxes}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Train YOLOv4 on VOC-format pictures: edit the constants of Config, or give them as flags."""
 
 import dataclasses
-import shlex
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.distributed import broadcast_object, is_main, process_group, select_device, world_size
+from engine.console import describe, how_to_go_on, how_to_use
+from engine.distributed import broadcast_object, is_main, process_group, select_device
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
 from engine.resume import check_same_data, folder_of_resumed, parse_config
@@ -90,6 +90,7 @@ class Config:
     num_workers: int = 4  # processes that load pictures; 0 loads in this one
     seed: int = 0  # of weights, order and augmentation
     deterministic: bool = False  # the same numbers every time, slower on a GPU
+    log_period: int = 10  # steps between TensorBoard points, each with a look at the cells
     eval_period: int = 5  # epochs between average precisions
     save_period: int = 1  # epochs between last.pt, which is also written every five minutes
     save_dir: str = ""  # the run's folder, empty or new; "" makes logs/<time>
@@ -99,8 +100,8 @@ class Config:
 # What a resumed run may be given anew; the rest is what it started with.
 CHANGEABLE = (
     *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "epochs", "device"),
-    *("num_workers", "deterministic", "eval_period", "save_period", "save_dir", "resume"),
-    *("lr", "clip_norm", "amp"),
+    *("num_workers", "deterministic", "log_period", "eval_period", "save_period", "save_dir"),
+    *("resume", "lr", "clip_norm", "amp"),
 )
 
 
@@ -128,7 +129,9 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         read_data(config, class_names, folder) if is_main() else None
     )
     train_set = training_set(config, train_samples)
-    describe(config, recipe, model, device, folder)
+    facts = checkpoint_facts(config, class_names, anchors)
+    if is_main():
+        print(describe(model, loss, recipe, facts=facts, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
         print(f"all {config.epochs} epochs are done; --epochs gives more, the schedule follows")
@@ -140,13 +143,18 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
             train_set=train_set,
             val_samples=val_samples,
             recipe=recipe,
-            facts=checkpoint_facts(config, class_names, anchors),
+            facts=facts,
             device=device,
             log=log,
             resume=resume,
         )
         finished = trainer.fit()
-    say_what_next(config, folder, finished=finished)
+    if finished and is_main():
+        print(how_to_use(folder, config.val))
+    if not finished:
+        if is_main():
+            print(how_to_go_on(folder, config.conf_loss))
+        sys.exit(130)
 
 
 def check_config(config: Config, *, resumes: bool) -> None:
@@ -165,7 +173,8 @@ def check_config(config: Config, *, resumes: bool) -> None:
             'them in its name: --conf_loss "focal(alpha=0.5, gamma=1)".'
         )
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
-    least |= {"eval_period": 1, "save_period": 1, "freeze_epochs": 0, "num_workers": 0, "seed": 0}
+    least |= {"log_period": 1, "eval_period": 1, "save_period": 1}
+    least |= {"freeze_epochs": 0, "num_workers": 0, "seed": 0}
     for name, low in least.items():
         if getattr(config, name) < low:
             raise UserError(f"{name} is {getattr(config, name)}; give {low} or more.")
@@ -270,6 +279,7 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
         amp_dtype=amp_dtype(config.amp, device),
         strong_share=config.strong_share,
         num_workers=config.num_workers,
+        log_period=config.log_period,
         eval_period=config.eval_period,
         save_period=config.save_period,
         seed=config.seed,
@@ -312,38 +322,6 @@ def checkpoint_facts(config: Config, class_names: tuple[str, ...], anchors: Any)
         "conf_loss": conf_loss_spec(config),
         "config": dataclasses.asdict(config),
     }
-
-
-def describe(
-    config: Config, recipe: Recipe, model: nn.Module, device: torch.device, folder: Path
-) -> None:
-    """Print what is about to be trained, with the numbers that were derived from the constants."""
-    if not is_main():
-        return
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    precision = str(recipe.amp_dtype or torch.float32).removeprefix("torch.")
-    print(f"network: YOLOv4, width {config.width}, depth {config.depth}, {parameters:,} parameters")
-    print(
-        f"device: {world_size()} x {name}, {precision}; confidence loss: {conf_loss_spec(config)}"
-    )
-    print(recipe)
-    print(f"run folder: {folder}")
-
-
-def say_what_next(config: Config, folder: Path, *, finished: bool) -> None:
-    """The commands that use what was trained."""
-    if not is_main():
-        return
-    if not finished:
-        own = f" --conf_loss {shlex.quote(config.conf_loss)}" if ":" in config.conf_loss else ""
-        print(f"stopped; go on with:\n  python train.py --resume {shlex.quote(str(folder))}{own}")
-        sys.exit(130)
-    pictures = shlex.quote(f"{config.val.split('+')[0].rpartition(':')[0]}/JPEGImages")
-    best = shlex.quote(str(folder / "best.pt"))
-    print(f"done. Curves and pictures: {folder}")
-    print(f"  python evaluate.py --weights {best} --data {shlex.quote(config.val)}")
-    print(f"  python predict.py --weights {best} --source {pictures}")
 
 
 if __name__ == "__main__":

@@ -3,34 +3,43 @@
 import time
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.distributed import gather_objects
 from engine.guard import NonFiniteGuard
+from losses.conf_cells import GROUPS, VALUES
+from utils.decode import STRIDES
 
 TERMS = ("total", "loc", "conf", "cls")
-SHARES = ("positives", "ignored", "conf_positive_share")
-FIGURES = (*TERMS, *SHARES, "grad_norm", "finite", "skipped")
+COUNTS = ("positives", "ignored")
+FIGURES = (*TERMS, *COUNTS, "grad_norm", "finite", "skipped")
+GROUP_SHAPE = (len(STRIDES), len(GROUPS), len(VALUES))
+NO_GROUPS = [0.0] * (len(STRIDES) * len(GROUPS) * len(VALUES))
 
 
 class HostFigures:
-    """The figures of one step on their way to the host."""
+    """The figures of one step, and its `group_sums` if any, on their way to the host."""
 
     def __init__(self, figures: Mapping[str, Tensor]):
         self.packed = torch.stack([figures[name].detach().float() for name in FIGURES])
+        if "groups" in figures:
+            self.packed = torch.cat((self.packed, figures["groups"].flatten()))
         self.event = None
         if self.packed.is_cuda:
-            pinned = torch.empty(len(FIGURES), pin_memory=True)
+            pinned = torch.empty(len(self.packed), pin_memory=True)
             self.packed = pinned.copy_(self.packed, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def read(self) -> dict[str, float]:
-        """Wait until they are there."""
+    def read(self) -> tuple[dict[str, float], list[float]]:
+        """Wait until they are there: the figures by name, and the flat group sums or []."""
         if self.event is not None:
             self.event.synchronize()
-        return dict(zip(FIGURES, self.packed.tolist(), strict=True))
+        values = self.packed.tolist()
+        named, groups = values[: len(FIGURES)], values[len(FIGURES) :]
+        return dict(zip(FIGURES, named, strict=True)), groups
 
 
 class EpochFigures:
@@ -38,8 +47,10 @@ class EpochFigures:
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
-        self.state = dict.fromkeys((*FIGURES, "updates", "pictures", "seconds"), 0.0)
+        self.state = dict.fromkeys((*FIGURES, "updates", "pictures", "seconds", "looks"), 0.0)
+        self.state["groups"] = NO_GROUPS  # summed over the steps that looked at them
         self.last: dict[str, float] = {}
+        self.last_groups: list[float] = []
         self._pending: tuple[HostFigures, list[str]] | None = None
         self._clock = time.perf_counter()
 
@@ -51,11 +62,12 @@ class EpochFigures:
 
     def flush(self) -> str:
         """Read the pending step, if any. Returns the guard's message; raises as the guard does."""
+        self.last_groups = []
         if self._pending is None:
             return ""
         figures, pictures = self._pending
         self._pending = None
-        self.last = figures.read()
+        self.last, self.last_groups = figures.read()
         now = time.perf_counter()
         self.state["seconds"] += now - self._clock
         self.state["pictures"] += len(pictures)
@@ -69,8 +81,11 @@ class EpochFigures:
         return self.guard.check(terms, skipped=skipped, pictures=pictures)
 
     def _add(self, *, updated: bool) -> None:
-        for name in ("finite", *TERMS, *SHARES):
+        for name in ("finite", *TERMS, *COUNTS):
             self.state[name] += self.last[name]
+        if self.last_groups:
+            self.state["groups"] = _add(self.state["groups"], self.last_groups)
+            self.state["looks"] += 1
         if updated:
             self.state["grad_norm"] += self.last["grad_norm"]
             self.state["updates"] += 1
@@ -80,10 +95,13 @@ class EpochFigures:
         """Take in the other ranks' sums: counts add up, loss terms are means over ranks already
         divided by joint counts."""
         states = gather_objects(self.state)
-        for name in (*TERMS, "conf_positive_share"):
+        for name in TERMS:
             self.state[name] = sum(state[name] for state in states) / len(states)
-        for name in ("positives", "ignored", "pictures"):
+        for name in (*COUNTS, "pictures"):
             self.state[name] = sum(state[name] for state in states)
+        for state in states[1:]:
+            states[0]["groups"] = _add(states[0]["groups"], state["groups"])
+        self.state["groups"] = states[0]["groups"]
 
     def mean(self, name: str) -> float:
         """Mean of a figure over the epoch's finite steps; NaN when there was none."""
@@ -93,6 +111,54 @@ class EpochFigures:
     def pictures_per_second(self) -> float:
         """Pictures learnt per second of training, evaluation apart."""
         return self.state["pictures"] / max(self.state["seconds"], 1e-9)
+
+    def row(self) -> dict[str, float]:
+        """The epoch's figures under their names in metrics.csv."""
+        names = ("loc", "conf", "cls", *COUNTS, "grad_norm")
+        return {
+            "loss": self.mean("total"),
+            **{name: self.mean(name) for name in names},
+            **cell_figures(self.state["groups"], looks=self.state["looks"]),
+            "pictures_per_second": self.pictures_per_second(),
+            "seconds": self.state["seconds"],
+        }
+
+
+def cell_figures(groups: Sequence[float], *, looks: float = 1) -> dict[str, float]:
+    """What the flat `group_sums` of so many steps say; nan where there was nothing.
+
+    conf_*: shares of the whole confidence term; s8_* and so on: of the scale with that stride, with
+    its mean objectness, and its positive and ignored cells a step.
+    """
+    sums = np.asarray(groups, dtype=np.float64).reshape(GROUP_SHAPE)
+    figures = _shares("conf", sums.sum(0))
+    for stride, of_scale in zip(STRIDES, sums, strict=True):
+        objectness, cells = of_scale[:, 2], of_scale[:, 3]
+        figures |= _shares(f"s{stride}", of_scale)
+        figures |= {
+            f"s{stride}_objectness_positive": _ratio(objectness[0], cells[0]),
+            f"s{stride}_objectness_negative": _ratio(objectness[1:3].sum(), cells[1:3].sum()),
+            f"s{stride}_positives": _ratio(cells[0], looks),
+            f"s{stride}_ignored": _ratio(cells[3], looks),
+        }
+    return figures
+
+
+def _shares(prefix: str, sums: np.ndarray) -> dict[str, float]:
+    """Which group of cells has how much of the loss and of its gradient. sums: (4, 4)."""
+    return {
+        f"{prefix}_{name}_{group}": _ratio(sums[row, column], sums[:3, column].sum())
+        for column, name in enumerate(("loss", "grad"))
+        for row, group in enumerate(GROUPS[:3])
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole > 0 else float("nan")
+
+
+def _add(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [a + b for a, b in zip(first, second, strict=True)]
 
 
 def memory_gb(device: torch.device) -> float:

@@ -1,8 +1,9 @@
 """Find objects in pictures with a trained checkpoint, from Python or for predict.py."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,8 +42,9 @@ class Predictor:
     """A detector from a checkpoint: `Predictor("best.pt")("street.jpg").boxes_xyxy`.
 
     device: "cpu", "cuda", "cuda:1"; None takes CUDA when it is there. conf_threshold: lowest score
-    kept; None takes the checkpoint's own, which had the best F1 in validation. max_score: the
-    highest score that the last call saw, below the threshold or not; None before any picture.
+    kept; None takes the checkpoint's own, which had the best F1 in validation. class_thresholds:
+    take, instead, for each class the score at which that class had it. max_score: the highest
+    score that the last call saw, below the threshold or not; None before any picture.
     Raises UserError for weights, device or thresholds that cannot be used.
     """
 
@@ -53,14 +55,19 @@ class Predictor:
         device: str | torch.device | None = None,
         conf_threshold: float | None = None,
         nms_iou: float = 0.45,
+        class_thresholds: bool = False,
     ):
         self.device = select_device(str(device or ""))
         checkpoint = read_checkpoint(weights)
-        if conf_threshold is None:
+        self.class_names = tuple(checkpoint["class_names"])
+        self.class_thresholds: dict[str, float] = {}  # empty: conf_threshold holds for all
+        if class_thresholds:
+            self.class_thresholds = _class_thresholds(checkpoint, weights, conf_threshold)
+            conf_threshold = min(self.class_thresholds.values())
+        elif conf_threshold is None:
             conf_threshold = checkpoint["conf_threshold"]
         self.conf_threshold = _fraction("conf_threshold", conf_threshold)
         self.nms_iou = _fraction("nms_iou", nms_iou)
-        self.class_names = tuple(checkpoint["class_names"])
         self.anchors = checkpoint["anchors"]
         self.input_shape = tuple(checkpoint["input_shape"])
         self.scale_xy = checkpoint["scale_xy"]
@@ -91,8 +98,14 @@ class Predictor:
         decoded = decode(
             self.model(self._to_input(images)), self.anchors, self.input_shape, self.scale_xy
         )
-        highest = (decoded[..., 4] * decoded[..., 5:].amax(dim=-1)).max().item()
+        probabilities, class_ids = decoded[..., 5:].max(dim=-1)
+        scores = decoded[..., 4] * probabilities
+        highest = scores.max().item()
         self.max_score = highest if self.max_score is None else max(highest, self.max_score)
+        if self.class_thresholds:
+            limits = scores.new_tensor([self.class_thresholds[name] for name in self.class_names])
+            # Dropped before NMS counts its candidates: a negative score passes no threshold.
+            decoded[..., 4].masked_fill_(scores < limits[class_ids], -1)
         rows = non_max_suppression(decoded, self.conf_threshold, self.nms_iou)
         return [
             self._to_detections(found.cpu(), image.shape[:2])
@@ -157,6 +170,24 @@ def _to_three_channels(image: np.ndarray) -> np.ndarray:
         return image
     alpha = image[..., 3:] / np.float32(255)
     return (image[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+
+
+def _class_thresholds(
+    checkpoint: Mapping[str, Any], weights: str | PathLike, conf_threshold: float | None
+) -> dict[str, float]:
+    """Each class's score of best F1, as the evaluation of the training has found it."""
+    if conf_threshold is not None:
+        raise UserError(
+            f"conf_threshold {conf_threshold} and class_thresholds are both given. Give one: a "
+            "score for all classes, or each class's own."
+        )
+    names, found = checkpoint["class_names"], checkpoint["metrics"].get("class_thresholds", {})
+    if any(name not in found for name in names):
+        raise UserError(
+            f"{weights}: the checkpoint holds no class_thresholds: it was saved before the first "
+            "evaluation, or by an older version. Leave class_thresholds out, or train on."
+        )
+    return {name: _fraction(f"class_thresholds[{name!r}]", found[name]) for name in names}
 
 
 def _fraction(name: str, value: float) -> float:

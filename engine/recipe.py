@@ -35,6 +35,7 @@ class Recipe:
     amp_dtype: torch.dtype | None = None
     strong_share: float = 0.7
     num_workers: int = 0
+    log_period: int = 10
     eval_period: int = 1
     save_period: int = 1
     seed: int = 0

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.evaluator import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU
+from engine.figures import COUNTS, NO_GROUPS, TERMS, cell_figures
+from engine.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, Evaluation
 from utils.errors import UserError
-from utils.plots import plot_losses, plot_map
+from utils.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
 
 COLUMNS = (
     *("epoch", "step", "lr", "loss", "loc", "conf", "cls"),
     *("val_loss", "val_ap50", "val_ap", "val_ap75", "val_loc", "val_conf", "val_cls"),
-    *("conf_threshold", "f1", "positives", "ignored", "conf_positive_share"),
+    *("conf_threshold", "f1", "ece", "positives", "ignored"),
     *("grad_norm", "skipped_steps", "pictures_per_second", "memory_gb", "seconds"),
+    *cell_figures(NO_GROUPS),
 )
 
 
@@ -84,14 +86,40 @@ class RunLog:
         self.rows.append(text)
         with open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerow(text)
-        for key, value in row.items():
-            if key not in ("epoch", "step") and value is not None and math.isfinite(value):
-                group = "val" if key.startswith("val_") else "train"
-                self.tensorboard.add_scalar(f"{group}/{key}", value, row["step"])
+        own = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+        for key, value in own.items():
+            self._scalar(
+                f"{'val' if key.startswith('val_') else 'train'}/{key}", value, row["step"]
+            )
         self.tensorboard.flush()
         plot_losses(self.folder / "loss.png", self.rows)
         plot_map(self.folder / "map.png", self.rows)
         return describe(row)
+
+    def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> None:
+        """A step's loss terms, and its cells by groups, to TensorBoard."""
+        for name in (*TERMS, *COUNTS, "grad_norm"):
+            self._scalar(f"step/{name}", figures[name], step)
+        for name, value in cell_figures(groups).items():
+            scale, _, figure = name.partition("_")
+            self._scalar(f"cells_{scale}/{figure}", value, step)
+
+    def _scalar(self, name: str, value: float | None, step: int) -> None:
+        if value is not None and math.isfinite(value):
+            self.tensorboard.add_scalar(name, value, step)
+
+    def evaluation(self, evaluation: Evaluation, conf_loss: str) -> None:
+        """What an evaluation with the loss says of scores and cells: two pictures and the cells."""
+        thresholds = {"best F1": evaluation.conf_threshold}
+        plot_reliability(
+            self.folder / "reliability.png",
+            evaluation.reliability,
+            ece=evaluation.ece,
+            thresholds=thresholds,
+        )
+        plot_cumulative_loss(self.folder / "cumulative_loss.png", {conf_loss: evaluation.cells})
+        text = json.dumps(evaluation.cells)
+        (self.folder / "conf_cells.json").write_text(text + "\n", encoding="utf-8")
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Write an RGB picture as NAME.jpg and to TensorBoard."""

@@ -39,14 +39,21 @@ class TrainStep:
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(
-        self, images: Tensor, targets: Tensor, *, group_size: int = 1, update: bool = True
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        group_size: int = 1,
+        update: bool = True,
+        cells: bool = False,
     ) -> HostFigures:
         """Learn from uint8 (B, 3, H, W) pictures and (N, 6) targets.
 
         group_size: over how many batches the gradient is accumulated; `update` at the last.
+        cells: look at the confidence loss by groups of cells, too.
         """
         self.rollback.snapshot()
-        terms = self._backward(images, targets, group_size)
+        terms = self._backward(images, targets, group_size, cells=cells)
         finite = on_every_rank(terms["total"].detach().isfinite())
         self.rollback.restore_unless(finite)
         self.finite = self.finite & finite
@@ -67,11 +74,13 @@ class TrainStep:
         for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(saved)
 
-    def _backward(self, images: Tensor, targets: Tensor, group_size: int) -> dict[str, Tensor]:
+    def _backward(
+        self, images: Tensor, targets: Tensor, group_size: int, *, cells: bool = False
+    ) -> dict[str, Tensor]:
         images = to_input(images, self.device)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.network(images)
-        terms = self.loss(outputs, targets.to(self.device, non_blocking=True))
+        terms = self.loss(outputs, targets.to(self.device, non_blocking=True), cells=cells)
         self.scaler.scale(terms["total"] / group_size).backward()
         return terms
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from engine.checkpoint import cpu_copy, save_checkpoint
 from engine.distributed import broadcast_buffers, is_main, rank, world_size
 from engine.evaluator import Evaluation, evaluate, validation_loss
-from engine.figures import SHARES, TERMS, EpochFigures, memory_gb
+from engine.figures import TERMS, EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
 from engine.optimizer import Ema, build_optimizer, learning_rate
 from engine.pictures import batch_picture, detections_picture
@@ -155,7 +155,7 @@ class Trainer:
                 self._show(bar)
                 if self._save_between_steps(len(sampler)):
                     return
-        self._say(self.figures.flush())
+        self._tell(self.figures.flush(), step=self.global_step)
         self.epoch, self.epoch_step = self.epoch + 1, 0
         self._end_epoch()
 
@@ -170,11 +170,12 @@ class Trainer:
         first = self.epoch_step - self.epoch_step % self.recipe.accumulate
         group_size = min(self.recipe.accumulate, steps - first)
         update = self.epoch_step + 1 == first + group_size
-        figures = self.step(images, targets, group_size=group_size, update=update)
+        cells = self.global_step % self.recipe.log_period == 0
+        figures = self.step(images, targets, group_size=group_size, update=update, cells=cells)
         self.epoch_step += 1
         self.global_step += 1
         paths = [self.train_set.samples[index].image_path for index in indices]
-        self._say(self.figures.push(figures, paths))
+        self._tell(self.figures.push(figures, paths), step=self.global_step - 1)
 
     def _set_lr(self, progress: float, phase: Phase) -> None:
         initial, minimal = self.recipe.rates(phase)
@@ -194,7 +195,7 @@ class Trainer:
         due = self.stop_requested or time.monotonic() - self.last_save > SAVE_SECONDS
         if not (due and whole_group) or self.epoch_step == steps:
             return False
-        self._say(self.figures.flush())
+        self._tell(self.figures.flush(), step=self.global_step)
         self._save_last()
         return self.stop_requested
 
@@ -205,7 +206,8 @@ class Trainer:
         broadcast_buffers(self._weights())  # each rank has seen other pictures
         evaluation, losses = None, {}
         if self.epoch % self.recipe.eval_period == 0 or last:
-            evaluation = evaluate(self._weights(), **self._evaluation_arguments(), **self._boxes())
+            boxes = {name: self.facts[name] for name in ("class_names", "anchors", "scale_xy")}
+            evaluation = evaluate(self._weights(), **self._evaluation_arguments(), **boxes)
             losses = evaluation.losses
         else:
             losses = validation_loss(self._weights(), **self._evaluation_arguments())
@@ -220,11 +222,13 @@ class Trainer:
     def _keep_best(self, evaluation: Evaluation) -> None:
         self.conf_threshold = evaluation.conf_threshold
         best = max(self.metrics["best_AP50"], -1.0)
-        names = ("AP50", "AP50_11point", "AP", "AP75", "f1", "precision", "recall")
+        names = ("AP50", "AP50_11point", "AP", "AP75", "f1", "precision", "recall", "ece")
         self.metrics = {name: float(getattr(evaluation, name)) for name in names}
         self.metrics |= {"per_class": dict(evaluation.per_class), "best_AP50": best}
+        self.metrics["class_thresholds"] = dict(evaluation.class_thresholds)
         if self.log is None:
             return
+        self.log.evaluation(evaluation, self.facts["conf_loss"])
         picture = detections_picture(
             self.val_samples,
             evaluation.detections,
@@ -251,27 +255,20 @@ class Trainer:
             "progress": is_main(),
         }
 
-    def _boxes(self) -> dict[str, Any]:
-        return {name: self.facts[name] for name in ("class_names", "anchors", "scale_xy")}
-
     def _row(self, evaluation: Evaluation | None, losses: Mapping[str, float]) -> dict[str, Any]:
         """A line of metrics.csv."""
-        mean = self.figures.mean
-        row = {"epoch": self.epoch, "step": self.global_step, "loss": mean("total")}
-        row |= {name: mean(name) for name in ("loc", "conf", "cls", *SHARES, "grad_norm")}
+        row = {"epoch": self.epoch, "step": self.global_step, **self.figures.row()}
         row |= {f"val_{name}": losses[name] for name in ("loc", "conf", "cls")}
         row |= {
             "lr": self.optimizer.param_groups[0]["lr"],
             "val_loss": losses["total"],
             "skipped_steps": self.guard.skipped,
-            "pictures_per_second": self.figures.pictures_per_second(),
             "memory_gb": memory_gb(self.device),
-            "seconds": self.figures.state["seconds"],
         }
         if evaluation is not None:
-            row |= {"val_ap50": evaluation.AP50, "val_ap": evaluation.AP}
-            row |= {"val_ap75": evaluation.AP75, "conf_threshold": evaluation.conf_threshold}
-            row["f1"] = evaluation.f1
+            for name in ("AP50", "AP", "AP75"):
+                row[f"val_{name.lower()}"] = getattr(evaluation, name)
+            row |= {name: getattr(evaluation, name) for name in ("conf_threshold", "f1", "ece")}
         return row
 
     def _checkpoint(self) -> dict[str, Any]:
@@ -335,13 +332,16 @@ class Trainer:
         bar.update()
         if not self.figures.last:
             return
-        terms = " ".join(f"{name} {self.figures.mean(name):.3f}" for name in TERMS)
-        lr = self.optimizer.param_groups[0]["lr"]
-        speed = self.figures.pictures_per_second() * world_size()
-        memory = memory_gb(self.device)
-        bar.set_postfix_str(
-            f"{terms} lr {lr:.2e} {speed:.1f} pictures/s {memory:.1f} GB", refresh=False
-        )
+        text = " ".join(f"{name} {self.figures.mean(name):.3f}" for name in TERMS)
+        text += f" lr {self.optimizer.param_groups[0]['lr']:.2e}"
+        text += f" {self.figures.pictures_per_second() * world_size():.1f} pictures/s"
+        bar.set_postfix_str(f"{text} {memory_gb(self.device):.1f} GB", refresh=False)
+
+    def _tell(self, message: str, *, step: int) -> None:
+        """Say what the guard says of the step whose figures were read, and log its cells if any."""
+        self._say(message)
+        if self.figures.last_groups and self.log is not None:
+            self.log.step(step, self.figures.last, self.figures.last_groups)
 
     @staticmethod
     def _say(message: str) -> None:

@@ -3,7 +3,8 @@
 A confidence loss is an nn.Module whose `forward(logits, targets)` returns one loss an element,
 unreduced, for any shape. Targets are 0 for negatives and in (0, 1] for positives. Decorate it
 with `@conf_loss("name")` and it is a name for --conf_loss; or keep it in a file of your own and
-name it `module:Class`. How YOLOLoss uses it is declared by the class attributes of ConfSettings.
+name it `module:Class`. How YOLOLoss uses it is declared by the class attributes of ConfSettings;
+the first three are also keys of every spec: "focal(gamma=1, gain=1, normalizer='positives')".
 """
 
 import ast
@@ -15,16 +16,19 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from losses.focal import check_focal_arguments, sigmoid_focal_loss
+from losses.alpha import MeasuredAlpha
+from losses.focal import check_focal_arguments, sigmoid_focal_loss, upcast
 from utils.errors import UserError
 
 CONF_LOSSES: dict[str, type[nn.Module]] = {}  # name -> class, filled by @conf_loss
 NORMALIZERS = ("mean", "positives")
+SETTING_KEYS = ("gain", "normalizer", "prior_pi")  # declared by a class, changed by a spec
+ALSO = "Every loss also takes " + ", ".join(f"{key}=" for key in SETTING_KEYS) + "."
 SPEC = re.compile(r"\s*(?:([\w.]+)\s*:\s*)?(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
@@ -36,6 +40,13 @@ class ConfSettings(NamedTuple):
     prior_pi: float | None = None  # objectness that heads should start from
     wants_iou: bool = False  # a positive's target is the IoU of its box, not 1
     wants_mask: bool = False  # forward(logits, targets, mask), mask True where a cell is counted
+
+    def __str__(self) -> str:
+        prior = "no prior of its own" if self.prior_pi is None else f"prior {self.prior_pi}"
+        target = "IoU" if self.wants_iou else "1"
+        return (
+            f"gain {self.gain:g}, normalizer {self.normalizer}, {prior}, positives' target {target}"
+        )
 
 
 def conf_loss(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
@@ -54,6 +65,12 @@ def conf_loss(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
     return register
 
 
+def check_argument(name: str, value: Any, is_allowed: bool, allowed: str) -> None:
+    """Raises UserError, saying what is allowed, unless `is_allowed`."""
+    if not is_allowed:
+        raise UserError(f"{name} is {value!r}. Give {allowed}.")
+
+
 @conf_loss("bce")
 class BinaryCrossEntropy(nn.Module):
     """Binary cross-entropy on logits: every cell counts the same."""
@@ -61,43 +78,57 @@ class BinaryCrossEntropy(nn.Module):
     # On logits, not on clamped probabilities: with a clamp at 1e-7 the gradient is exactly zero
     # below logit -16.1, so a confidently missed object could never be learnt again.
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        return F.binary_cross_entropy_with_logits(*upcast(logits, targets), reduction="none")
 
 
 @conf_loss("focal")
 class Focal(nn.Module):
-    """alpha_t |y - p|^gamma BCE: easy cells fade, hard ones stay (Lin et al. 2017)."""
+    """alpha_t |y - p|^gamma BCE: easy cells fade, hard ones stay (Lin et al. 2017).
+
+    alpha weights positives, 1 - alpha negatives; -1: no weighting; "auto": `MeasuredAlpha`.
+    """
 
     gain = 10.0  # keeps the term near BCE's size, as the original fork does
 
-    def __init__(self, alpha: float = 0.25, gamma: float = 2.0):
+    def __init__(self, alpha: float | Literal["auto"] = 0.25, gamma: float = 2.0):
         super().__init__()
-        check_focal_arguments(alpha, gamma)
+        check_focal_arguments(-1 if alpha == "auto" else alpha, gamma)
         self.alpha, self.gamma = alpha, gamma
+        self.measured = None
+        if alpha == "auto":  # only then: a subclass may declare wants_mask for itself
+            self.measured, self.wants_mask = MeasuredAlpha(), True
 
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma)
+    def forward(self, logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.measured is None:
+            return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma)
+        losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=self.gamma)
+        return self.measured(losses, targets, mask)
 
 
 def conf_settings(loss: nn.Module) -> ConfSettings:
     """What a loss declares, defaults filled in. Raises UserError for an impossible value."""
     defaults = ConfSettings._field_defaults
     settings = ConfSettings(*(getattr(loss, name, value) for name, value in defaults.items()))
+    gain, normalizer, prior_pi, *_ = settings
     name = type(loss).__name__
-    if settings.normalizer not in NORMALIZERS:
-        allowed = ", ".join(NORMALIZERS)
-        raise UserError(f"{name}.normalizer is {settings.normalizer!r}. Allowed: {allowed}.")
-    if not 0 < settings.gain < math.inf:
-        raise UserError(f"{name}.gain is {settings.gain}. Give a number above 0.")
-    if settings.prior_pi is not None and not 0 < settings.prior_pi < 1:
-        raise UserError(f"{name}.prior_pi is {settings.prior_pi}. Give None or 0 < pi < 1.")
+    if normalizer not in NORMALIZERS:
+        raise UserError(f"{name}.normalizer is {normalizer!r}. Allowed: {', '.join(NORMALIZERS)}.")
+    if not (_is_number(gain) and 0 < gain < math.inf):
+        raise UserError(f"{name}.gain is {gain!r}. Give a number above 0.")
+    if prior_pi is not None and not (_is_number(prior_pi) and 0 < prior_pi < 1):
+        raise UserError(f"{name}.prior_pi is {prior_pi!r}. Give None or 0 < pi < 1.")
     return settings
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def build_conf_loss(spec: str) -> nn.Module:
     """Build "name", "name(key=value, ...)" or "module:Class(key=value, ...)".
 
-    Values are Python literals and are never evaluated. `module:Class` is a user's own nn.Module,
+    Values are Python literals and are never evaluated. The keys are the constructor's, and
+    SETTING_KEYS for what the class declares. `module:Class` is a user's own nn.Module,
     searched in the working directory first: importing it runs its file, so pass on only what was
     typed for this run. Raises UserError, saying what is allowed, for anything else.
     """
@@ -113,12 +144,17 @@ def build_conf_loss(spec: str) -> nn.Module:
     parameters = _parameters(cls)
     usage = _usage(name, cls)
     values = _parse_arguments(spec, arguments or "", usage)
+    settings = {k: values.pop(k) for k in SETTING_KEYS if k in values and k not in parameters}
     for key, value in values.items():
         _check_value(key, value, parameters, usage)
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in values]
     if missing:
         raise UserError(f"confidence loss {spec!r} needs {', '.join(missing)}. Write {usage}.")
-    return cls(**values)
+    loss = cls(**values)
+    for key, value in settings.items():
+        setattr(loss, key, value)
+    conf_settings(loss)
+    return loss
 
 
 def _parse_arguments(spec: str, arguments: str, usage: str) -> dict[str, Any]:
@@ -134,29 +170,42 @@ def _parse_arguments(spec: str, arguments: str, usage: str) -> dict[str, Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(
             f"confidence loss {spec!r} cannot be read. Write {usage}, values as plain numbers, "
-            "strings, True, False or None."
+            f"strings, True, False or None. {ALSO}"
         ) from None
 
 
 def _check_value(
     key: str, value: Any, parameters: dict[str, inspect.Parameter], usage: str
 ) -> None:
-    """The key exists, and its value is of the default's kind: a number for a number."""
+    """The key exists, and its value is of the kind that the parameter tells."""
     if key not in parameters:
-        close = difflib.get_close_matches(key, parameters, n=1)
+        close = difflib.get_close_matches(key, [*parameters, *SETTING_KEYS], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"confidence loss: {key!r} is no key of {usage}.{hint}")
-    default = parameters[key].default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if isinstance(default, bool | str):
-        fits = isinstance(value, type(default))
-    elif isinstance(default, int | float):
-        fits = is_number and math.isfinite(value)
+        raise UserError(f"confidence loss: {key!r} is no key of {usage}.{hint} {ALSO}")
+    wanted = _wanted(value, parameters[key])
+    if wanted:
+        raise UserError(f"confidence loss: {key}={value!r} in {usage} must be {wanted}.")
+
+
+def _wanted(value: Any, parameter: inspect.Parameter) -> str:
+    """What a value must be instead; "" where it fits, or where the parameter says nothing.
+
+    The default tells the kind; a Literal in the annotation lists the strings that are allowed.
+    """
+    default = parameter.default
+    annotations = (parameter.annotation, *get_args(parameter.annotation))
+    words = [w for a in annotations if get_origin(a) is Literal for w in get_args(a)]
+    if isinstance(default, bool):
+        fits, kinds = isinstance(value, bool), ["True or False"]
+    elif parameter.annotation is int:
+        fits, kinds = _is_number(value) and isinstance(value, int), ["a whole number"]
+    elif _is_number(default):
+        fits, kinds = _is_number(value) and math.isfinite(value), ["a finite number"]
+    elif isinstance(default, str):
+        fits, kinds = isinstance(value, str) and not words, [] if words else ["a string"]
     else:
-        fits = True
-    if not fits:
-        kind = "finite number" if isinstance(default, float) else type(default).__name__
-        raise UserError(f"confidence loss: {key}={value!r} in {usage} must be a {kind}.")
+        return ""
+    return "" if fits or value in words else " or ".join(kinds + [f'"{word}"' for word in words])
 
 
 def _import_class(module: str, name: str) -> type[nn.Module]:
@@ -195,4 +244,4 @@ def _usage(name: str, cls: type[nn.Module]) -> str:
 
 def _allowed() -> str:
     usages = ", ".join(_usage(name, cls) for name, cls in sorted(CONF_LOSSES.items()))
-    return f"Allowed: {usages}, or module:Class for your own nn.Module."
+    return f"Allowed: {usages}, or module:Class for your own nn.Module. {ALSO}"

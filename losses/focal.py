@@ -18,18 +18,32 @@ def _mean(losses: Tensor) -> Tensor:
 
 def check_focal_arguments(alpha: float, gamma: float) -> None:
     """Raises UserError unless alpha is in 0..1 or -1 (no weighting), and gamma is 0 or more."""
-    if not (0 <= alpha <= 1 or alpha == -1):
+    if isinstance(alpha, str) or not (0 <= alpha <= 1 or alpha == -1):
         raise UserError(
-            f"focal alpha is {alpha}. It weights positives by alpha and negatives by 1 - alpha: "
+            f"alpha is {alpha!r}. It weights positives by alpha and negatives by 1 - alpha: "
             "give 0 to 1, or -1 for no weighting."
         )
     if not 0 <= gamma < math.inf:
-        raise UserError(f"focal gamma is {gamma}. Give 0 (no focus) or more; 2 is usual.")
+        raise UserError(f"gamma is {gamma}. Give 0 (no focus) or more; 2 is usual.")
 
 
 def _check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
         raise UserError(f"reduction {reduction!r} is unknown. Allowed: {', '.join(REDUCTIONS)}.")
+
+
+def upcast(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Half-precision logits as float32, others as they are; the targets in the same dtype."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    return logits, targets.to(logits.dtype)
+
+
+def power(difficulty: Tensor, gamma: float) -> Tensor:
+    """difficulty ** gamma, difficulty 0 or more, with a finite gradient everywhere."""
+    if 0 < gamma < 1:  # 0 ** gamma has no finite gradient
+        difficulty = difficulty.clamp(min=torch.finfo(difficulty.dtype).eps)
+    return difficulty**gamma
 
 
 def sigmoid_focal_loss(
@@ -49,14 +63,9 @@ def sigmoid_focal_loss(
     """
     check_focal_arguments(alpha, gamma)
     _check_reduction(reduction)
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    targets = targets.to(logits.dtype)
-    difficulty = (targets - logits.sigmoid()).abs()
-    if 0 < gamma < 1:  # 0 ** gamma has no finite gradient
-        difficulty = difficulty.clamp(min=torch.finfo(difficulty.dtype).eps)
+    logits, targets = upcast(logits, targets)
     bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    losses = difficulty**gamma * bce
+    losses = power((targets - logits.sigmoid()).abs(), gamma) * bce
     if alpha >= 0:
         losses = torch.where(targets > 0, alpha * losses, (1 - alpha) * losses)
     return REDUCTIONS[reduction](losses)
@@ -91,5 +100,18 @@ class SigmoidFocalClassificationLoss(nn.Module):
             )
         losses = sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma)
         if weights is not None:
-            losses = losses * (weights[..., None] if weights.ndim < logits.ndim else weights)
+            losses = losses * _expand_weights(weights, logits)
         return REDUCTIONS[self.reduction](losses)
+
+
+def _expand_weights(weights: Tensor, logits: Tensor) -> Tensor:
+    """Weights of rows or of elements in the shape of the logits."""
+    rows = weights[..., None] if weights.ndim == logits.ndim - 1 else weights
+    try:
+        return rows.expand_as(logits)
+    except RuntimeError:
+        raise UserError(
+            f"weights of shape {tuple(weights.shape)} do not fit logits of shape "
+            f"{tuple(logits.shape)}. Give that shape, or one weight a row, without its last "
+            "dimension."
+        ) from None

@@ -4,12 +4,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from losses.assign import ASSIGNERS, Positives, assign, overlaps_truth
 from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
-from losses.confidence import BinaryCrossEntropy, Focal, build_conf_loss, conf_settings
+from losses.conf_cells import ConfCells, group_sums
+from losses.confidence import (
+    SETTING_KEYS,
+    BinaryCrossEntropy,
+    Focal,
+    build_conf_loss,
+    conf_settings,
+)
+from losses.ranks import ranks, sum_over_ranks
 from utils.boxes import cxcywh_to_xyxy
 from utils.decode import STRIDES, decode_grid_boxes, grid_offsets
 from utils.errors import UserError
@@ -30,12 +37,9 @@ class Denominators(NamedTuple):
     @classmethod
     def of(cls, counts: Tensor) -> "Denominators":
         """counts: (2, 3) float32, positives and counted cells of this rank's scales."""
-        ranks = 1
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            ranks = dist.get_world_size()
-        positives, counted = counts.clamp(min=1) / ranks
-        return cls(positives, counted, counts[0].sum().clamp(min=1) / ranks)
+        counts = sum_over_ranks(counts)
+        positives, counted = counts.clamp(min=1) / ranks()
+        return cls(positives, counted, counts[0].sum().clamp(min=1) / ranks())
 
 
 class _PickCells(torch.autograd.Function):
@@ -109,12 +113,14 @@ class YOLOLoss(nn.Module):
         self.prior_pi = self.conf_settings.prior_pi
         self.cls_loss = _pick_cls_loss(cls_loss, label_smoothing)
 
-    def forward(self, outputs: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: Sequence[Tensor], targets: Tensor, *, cells: bool = False
+    ) -> dict[str, Any]:
         """outputs: three (B, 3 * (5 + C), H/s, W/s) raw maps, targets: (N, 6), on one device.
 
         Returns float32 scalars: total = loc + conf + cls, each weighted and summed over scales;
-        detached, for logs: positives and ignored (cells of this batch) and, where gradients are
-        taken, conf_positive_share: the positives' share of the confidence term's gradient.
+        detached, for logs: positives and ignored (cells of this batch). `cells` adds "cells", the
+        ConfCells, and where gradients are taken "groups", their `group_sums`.
         Under torch.distributed this is a collective call: the denominators are sums over ranks.
         """
         self._check_outputs(outputs)
@@ -124,9 +130,11 @@ class YOLOLoss(nn.Module):
                 "cx, cy, w, h, as utils.dataset.collate makes them."
             )
         with torch.autocast(outputs[0].device.type, enabled=False):
-            return self._terms(outputs, targets.float())
+            return self._terms(outputs, targets.float(), with_cells=cells)
 
-    def _terms(self, outputs: Sequence[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    def _terms(
+        self, outputs: Sequence[Tensor], targets: Tensor, *, with_cells: bool
+    ) -> dict[str, Any]:
         maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
         positives = assign(
             targets,
@@ -141,25 +149,32 @@ class YOLOLoss(nn.Module):
         objectness, predictions = _pick(maps, images, positives)
         predicted = self._decode(predictions, positives)
         counted = positives.mask | ~self._overlapping(maps, images, positives)
-        cells = [raw[0, ..., 0].numel() for raw in maps]
-        counts = torch.stack((positives.chosen.sum((1, 2)), _sum_by_scale(counted, cells)))
+        sizes = [raw[0, ..., 0].numel() for raw in maps]
+        counts = torch.stack((positives.chosen.sum((1, 2)), _sum_by_scale(counted, sizes)))
         denominators = Denominators.of(counts.float())
 
         truths = positives.boxes_grid[:, :, None]
         loc = self._loc(predicted, truths, positives.chosen, denominators.positives)
         cls = self._cls(predictions[..., 5:], positives, denominators.positives)
         target = self._conf_target(predicted, truths, positives)
-        losses = self._conf_losses(objectness, target, counted)
-        conf = self._reduce_conf(_sum_by_scale(losses * counted, cells), denominators)
-        return {
+        losses = self._conf_losses(objectness, target, counted) * counted
+        weights = self._conf_weights(denominators)
+        conf = (weights * _sum_by_scale(losses, sizes)).sum()
+        terms = {
             "total": loc + conf + cls,
             "loc": loc,
             "conf": conf,
             "cls": cls,
             "positives": counts[0].sum().float(),
             "ignored": (~counted).sum().float(),
-            **_positive_share(conf, objectness, positives.mask),
         }
+        if with_cells:
+            weighted = losses.detach() * _by_cell(weights, sizes)
+            seen = ConfCells(objectness, target, positives.mask, counted, weighted, sizes)
+            terms["cells"] = seen
+            if conf.requires_grad and objectness.requires_grad:
+                terms["groups"] = group_sums(seen, conf)
+        return terms
 
     def _decode(self, predictions: Tensor, positives: Positives) -> Tensor:
         """(3, N, A, >=4) raw -> (3, N, A, 4) cx, cy, w, h in cells of the scale."""
@@ -213,12 +228,12 @@ class YOLOLoss(nn.Module):
             return self.conf_loss(objectness, target, counted)
         return self.conf_loss(objectness, target)
 
-    def _reduce_conf(self, sums: Tensor, denominators: Denominators) -> Tensor:
-        """(3,) sums of the scales -> the term, by the normalizer that the loss declares."""
-        balanced = self.conf_settings.gain * self.balance * sums
+    def _conf_weights(self, denominators: Denominators) -> Tensor:
+        """(3,) what a cell's loss is multiplied by, with the normalizer that the loss declares."""
+        weights = self.conf_settings.gain * self.balance
         if self.conf_settings.normalizer == "positives":
-            return balanced.sum() / denominators.all_positives
-        return self.conf_factor * (balanced / denominators.counted).sum()
+            return weights / denominators.all_positives
+        return self.conf_factor * weights / denominators.counted
 
     def _check_outputs(self, outputs: Sequence[Tensor]) -> None:
         channels = 3 * (5 + self.num_classes)
@@ -241,19 +256,14 @@ def _pick(maps: list[Tensor], images: Tensor, positives: Positives) -> tuple[Ten
     return torch.cat(objectness, dim=1), torch.stack(candidates)
 
 
-def _sum_by_scale(values: Tensor, cells: list[int]) -> Tensor:
+def _sum_by_scale(values: Tensor, sizes: list[int]) -> Tensor:
     """(B, K) -> (3,)."""
-    return torch.stack([part.sum() for part in values.split(cells, dim=1)])
+    return torch.stack([part.sum() for part in values.split(sizes, dim=1)])
 
 
-def _positive_share(conf: Tensor, objectness: Tensor, positive: Tensor) -> dict[str, Tensor]:
-    """What share of the confidence term's gradient on the logits the positives have."""
-    if not (conf.requires_grad and objectness.requires_grad):
-        return {}
-    (gradient,) = torch.autograd.grad(conf, objectness, retain_graph=True, allow_unused=True)
-    size = torch.zeros_like(objectness) if gradient is None else gradient.abs()
-    share = (size * positive).sum() / size.sum().clamp(min=torch.finfo(size.dtype).tiny)
-    return {"conf_positive_share": share}
+def _by_cell(values: Tensor, sizes: list[int]) -> Tensor:
+    """(3,) -> (K,): every cell has its scale's value."""
+    return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
 
 
 def _pick_conf_loss(focal: bool, alpha: float, gamma: float, spec: str) -> nn.Module:
@@ -269,8 +279,15 @@ def _pick_cls_loss(spec: str, label_smoothing: float) -> nn.Module:
     if ":" in spec:
         raise UserError(f"cls_loss {spec!r}: code of your own is for conf_loss. Use bce or focal.")
     loss = build_conf_loss(spec)
-    if conf_settings(loss).wants_mask:
-        raise UserError(f"cls_loss {spec!r} looks across cells. Use bce or focal.")
+    if conf_settings(loss).wants_mask or conf_settings(loss).wants_iou:
+        raise UserError(
+            f"cls_loss {spec!r} needs all cells, or boxes: it is for conf_loss. Use bce or focal."
+        )
+    if vars(loss).keys() & set(SETTING_KEYS):
+        raise UserError(
+            f"cls_loss {spec!r}: {', '.join(SETTING_KEYS)} belong to conf_loss and would do "
+            "nothing here. Leave them out."
+        )
     if label_smoothing and not isinstance(loss, BinaryCrossEntropy):
         raise UserError(
             f"label_smoothing {label_smoothing} makes every class of a cell a positive for "

@@ -1,7 +1,17 @@
+import math
+
 import numpy as np
 import pytest
 
-from utils.calibration import DEFAULT_THRESHOLD, best_f1_threshold
+from utils.calibration import (
+    CALIBRATION_BINS,
+    CALIBRATION_FLOOR,
+    DEFAULT_THRESHOLD,
+    best_f1_threshold,
+    expected_calibration_error,
+    operating_point,
+    reliability,
+)
 
 
 def plain_f1(scores, hits, objects, threshold):
@@ -50,6 +60,74 @@ def test_a_float32_score_at_the_threshold_passes_it():
     assert (scores >= threshold).all()
 
 
-def test_lengths_that_disagree_are_an_error():
+@pytest.mark.parametrize("judge", [best_f1_threshold, reliability])
+def test_lengths_that_disagree_are_an_error(judge):
     with pytest.raises(ValueError, match="2 scores"):
-        best_f1_threshold([0.1, 0.2], [True], 1)
+        judge([0.1, 0.2], [True], *([1] if judge is best_f1_threshold else []))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_at_its_own_threshold_the_best_point_comes_back(seed):
+    rng = np.random.default_rng(seed)
+    scores, hits = rng.random(60).round(1), rng.random(60) < 0.5
+    best = best_f1_threshold(scores, hits, 45)
+    assert operating_point(scores, hits, 45, conf_threshold=best.conf_threshold) == best
+
+
+def test_an_operating_point_by_hand():
+    point = operating_point([0.9, 0.5, 0.5, 0.2], [1, 0, 1, 1], 4, conf_threshold=0.5)
+    assert point == pytest.approx((0.5, 4 / 7, 2 / 3, 2 / 4))
+
+
+@pytest.mark.parametrize(
+    ("scores", "hits", "objects"), [([], [], 0), ([], [], 3), ([0.4], [1], 1), ([0.9], [0], 0)]
+)
+def test_without_a_true_positive_above_the_threshold_all_is_zero(scores, hits, objects):
+    assert operating_point(scores, hits, objects, conf_threshold=0.5) == (0.5, 0, 0, 0)
+
+
+def plain_calibration_error(scores, hits, bins, floor):
+    """Guo et al. 2017, equation 3, box by box."""
+    members = [[] for _ in range(bins)]
+    for score, hit in zip(scores, hits, strict=True):
+        if score >= floor:
+            members[min(int(score * bins), bins - 1)].append((score, hit))
+    total, error = sum(map(len, members)), 0.0
+    for part in filter(None, members):
+        precision = sum(hit for _, hit in part) / len(part)
+        confidence = sum(score for score, _ in part) / len(part)
+        error += len(part) / total * abs(precision - confidence)
+    return error
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_calibration_error_equals_a_plain_loop(seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.random(300) ** 3
+    scores[:8] = 0, 1, 0.1, 0.3, 0.7, 0.9, CALIBRATION_FLOOR, CALIBRATION_FLOOR - 1e-9
+    hits = rng.random(300) < scores**2
+    expected = plain_calibration_error(
+        scores.tolist(), hits.tolist(), CALIBRATION_BINS, CALIBRATION_FLOOR
+    )
+    assert expected > 0.05
+    assert expected_calibration_error(reliability(scores, hits)) == pytest.approx(expected)
+
+
+def test_bins_hold_mean_score_precision_and_count():
+    bins = reliability([0.04, 0.06, 0.41, 0.43, 0.43, 1.0], [1, 0, 1, 0, 1, 1])
+    assert bins["count"] == [1, 0, 0, 0, 3, 0, 0, 0, 0, 1]
+    assert [bins["confidence"][i] for i in (0, 4, 9)] == pytest.approx([0.06, 1.27 / 3, 1])
+    assert [bins["precision"][i] for i in (0, 4, 9)] == pytest.approx([0, 2 / 3, 1])
+    assert all(math.isnan(bins[key][5]) for key in ("confidence", "precision"))
+
+
+def test_scores_that_tell_the_truth_have_no_calibration_error():
+    scores = np.repeat([0.25, 0.75], 400)
+    hits = np.tile([True, False, False, False], 200)
+    hits[400:] = ~hits[400:]
+    assert expected_calibration_error(reliability(scores, hits)) == 0
+
+
+@pytest.mark.parametrize("scores", [[], [CALIBRATION_FLOOR / 2]])
+def test_without_a_score_above_the_floor_calibration_is_undefined(scores):
+    assert math.isnan(expected_calibration_error(reliability(scores, [True] * len(scores))))

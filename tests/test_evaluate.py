@@ -6,8 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from engine.checkpoint import save_checkpoint
+from engine.checkpoint import read_checkpoint, save_checkpoint
 from evaluate import main
 from nets.yolo import YoloV4
 from tests.factory import add_picture, write_split
@@ -37,6 +38,7 @@ def run_in_process(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "best.pt"
+    torch.manual_seed(0)  # some of its boxes, of every size and at every place, lie on an object
     model = YoloV4(len(NAMES), width=0.05, depth=0.1)
     checkpoint = {
         "model": model.state_dict(),
@@ -81,9 +83,30 @@ def test_a_checkpoint_is_evaluated_and_the_results_written(weights, voc, tmp_pat
     assert values["counts"]["ground_truth"] == 3
     assert values["counts"]["difficult"] == 3
     assert values["config"]["weights"] == str(weights)
-    assert cv2.imread(str(folder / "precision_recall.png")) is not None
-    for part in ("3 pictures", "cat", "COCO", "NMS IoU 0.45", "pictures/s", str(folder)):
+    for name in ("precision_recall.png", "reliability.png"):
+        assert cv2.imread(str(folder / name)) is not None
+    parts = ("3 pictures", "cat", "COCO", "NMS IoU 0.45", "pictures/s", "calibration", str(folder))
+    for part in parts:
         assert part in done.stdout
+
+
+def test_the_checkpoints_own_threshold_is_measured_beside_the_best(
+    weights, voc, tmp_path, run_in_process
+):
+    def evaluate_with(threshold):
+        checkpoint = {**read_checkpoint(weights), "conf_threshold": threshold}
+        save_checkpoint(tmp_path / "own.pt", checkpoint)
+        flags = ["--weights", tmp_path / "own.pt", "--data", f"{voc}:test", "--save_dir", tmp_path]
+        status, errors = run_in_process(*flags)
+        assert status == 0, errors
+        return json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))
+
+    nothing = evaluate_with(1.0)["at_checkpoint_threshold"]
+    assert nothing == {"conf_threshold": 1.0, "f1": 0, "precision": 0, "recall": 0}
+    values = evaluate_with(0.0)
+    assert 0 < values["at_checkpoint_threshold"]["f1"] < values["f1"]
+    best = {key: values[key] for key in nothing}
+    assert evaluate_with(best["conf_threshold"])["at_checkpoint_threshold"] == best
 
 
 def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path, run_in_process):

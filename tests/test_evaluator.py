@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine.evaluator import evaluate, evaluating, format_table, validation_loss
+from engine.evaluator import evaluate, evaluating, forward_batches, validation_loss
+from engine.scoring import format_table
 from losses.yolo_loss import YOLOLoss
 from tests.factory import add_picture, write_split
 from utils.boxes import xyxy_to_cxcywh
@@ -55,12 +56,8 @@ class Recorded(nn.Module):
         return tuple(part[first : first + len(images)] for part in self.maps)
 
 
-class MeanLogit(nn.Module):
-    """A loss that is a mean over pictures, so that its mean cannot depend on the batches."""
-
-    def forward(self, outputs, targets):
-        terms = {"loc": outputs[0].mean(), "conf": outputs[1].mean(), "cls": targets.sum() * 0}
-        return {**terms, "total": sum(terms.values()), "positives": torch.tensor(7)}
+def make_loss():
+    return YOLOLoss(ANCHORS, len(NAMES), INPUT_SHAPE, conf_loss="focal", scale_xy=(1.2, 1.1, 1.05))
 
 
 def raw_maps(pictures, objectness=8.0):
@@ -185,17 +182,55 @@ def test_an_empty_split_is_the_users_to_mend():
         evaluate(Recorded([torch.zeros(0)]), [], **SETTINGS)
 
 
+def losses_by_hand(model, samples, batch_size):
+    """Each batch's terms, with its number of pictures."""
+    batches = forward_batches(
+        model,
+        samples,
+        input_shape=INPUT_SHAPE,
+        device=SETTINGS["device"],
+        batch_size=batch_size,
+        progress=False,
+    )
+    loss = make_loss()
+    return [(loss(outputs, targets, cells=True), len(batch)) for batch, outputs, targets in batches]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_losses_are_means_over_pictures_for_any_batch_size(samples, batch_size):
+def test_losses_are_means_over_pictures(samples, batch_size):
     model = perfect_model(samples)
-    losses = evaluate(model, samples, loss=MeanLogit(), batch_size=batch_size, **SETTINGS).losses
-    assert losses["loc"] == pytest.approx(model.maps[0].mean().item(), rel=1e-6)
-    assert losses["conf"] == pytest.approx(model.maps[1].mean().item(), rel=1e-6)
-    assert losses["total"] == pytest.approx(losses["loc"] + losses["conf"], rel=1e-6)
+    losses = evaluate(model, samples, loss=make_loss(), batch_size=batch_size, **SETTINGS).losses
+    assert set(losses) == {"total", "loc", "conf", "cls"}
+    by_hand = losses_by_hand(model, samples, batch_size)
+    for name, value in losses.items():
+        expected = sum(terms[name].item() * count for terms, count in by_hand) / len(samples)
+        assert value == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_cells_are_those_of_all_pictures_and_their_loss_is_the_mean(samples, batch_size):
+    model = perfect_model(samples)
+    evaluation = evaluate(model, samples, loss=make_loss(), batch_size=batch_size, **SETTINGS)
+    groups = [evaluation.cells[name] for name in ("positive", "negative")]
+    conf = sum(sum(group["loss"]) for group in groups) / len(samples)
+    assert conf == pytest.approx(evaluation.losses["conf"], rel=1e-5)
+    seen = [terms["cells"] for terms, _ in losses_by_hand(model, samples, batch_size)]
+    positives = sum(int(cells.positive.sum()) for cells in seen)
+    counted = sum(int(cells.counted.sum()) for cells in seen)
+    assert [sum(group["cells"]) for group in groups] == [positives, counted - positives]
+    assert positives == 3  # on other anchors than the boxes, so that none is found: logit -9
+    (difficulty,) = np.array(evaluation.cells["difficulty"])[np.flatnonzero(groups[0]["cells"])]
+    assert difficulty == pytest.approx(torch.tensor(9.0).sigmoid().item(), abs=1e-5)
+
+
+def test_without_a_loss_there_are_no_losses_and_no_cells(samples):
+    evaluation = evaluate(perfect_model(samples), samples, **SETTINGS)
+    assert evaluation.losses == {}
+    assert evaluation.cells is None
 
 
 def test_the_light_pass_gives_the_same_losses(samples):
-    model, loss = perfect_model(samples), YOLOLoss(ANCHORS, len(NAMES), INPUT_SHAPE)
+    model, loss = perfect_model(samples), make_loss()
     with_boxes = evaluate(model, samples, loss=loss, batch_size=2, **SETTINGS).losses
     alone = validation_loss(
         model,
@@ -207,12 +242,11 @@ def test_the_light_pass_gives_the_same_losses(samples):
         progress=False,
     )
     assert alone == with_boxes
-    assert set(alone) == {"total", "loc", "conf", "cls"}
     assert all(math.isfinite(value) for value in alone.values())
 
 
 def test_modes_and_statistics_are_as_before_afterwards(samples):
-    model, loss = perfect_model(samples).train(), MeanLogit().train()
+    model, loss = perfect_model(samples).train(), make_loss().train()
     model.frozen = nn.BatchNorm2d(3).eval()
     evaluate(model, samples, loss=loss, **SETTINGS)
     assert model.training
@@ -245,8 +279,9 @@ from tests.test_evaluator import *
 samples = scan_split(sys.argv[1], NAMES)[0]
 with process_group(SETTINGS["device"]):
     share = [samples[i] for i in ((0, 2), (1, 0))[rank()]]  # the second starts again at the end
-    evaluation = evaluate(perfect_model(share), samples, loss=MeanLogit(), **SETTINGS)
-    print(evaluation.AP50, [len(rows) for rows in evaluation.detections], len(evaluation.losses))
+    evaluation = evaluate(perfect_model(share), samples, loss=make_loss(), **SETTINGS)
+    positives = sum(evaluation.cells["positive"]["cells"])
+    print(evaluation.AP50, [len(rows) for rows in evaluation.detections], positives)
 """
 
 
@@ -269,4 +304,5 @@ def test_two_ranks_share_the_pictures_and_agree(samples):
     ]
     for process in ranks:
         output, errors = process.communicate(timeout=120)
-        assert output == "1.0 [2, 2, 0] 4\n", errors
+        # Five positives: the first picture, with two, has come to both.
+        assert output == "1.0 [2, 2, 0] 5.0\n", errors

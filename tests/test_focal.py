@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 
+from losses.confidence import build_conf_loss
 from losses.focal import SigmoidFocalClassificationLoss, sigmoid_focal_loss
 from utils.errors import UserError
 
@@ -97,6 +98,45 @@ def test_weights_multiply_rows_or_elements():
     torch.testing.assert_close(weighted, loss(logits, targets, rows[:, None].expand(4, 3)))
 
 
+def test_weights_broadcast_and_come_before_the_reduction():
+    logits, targets = random_case((4, 3))
+    classes = torch.tensor([[0.0, 1, 2]])
+    weighted = SigmoidFocalClassificationLoss()(logits, targets, classes)
+    losses = torchvision_focal(logits, targets)
+    torch.testing.assert_close(weighted, (losses * classes).sum() / 12)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 1, 3), (2, 3)])
+def test_weights_of_another_shape_are_an_error(shape):
+    logits, targets = random_case((4, 3))
+    with pytest.raises(UserError, match=r"weights of shape .*\(4, 3\)"):
+        SigmoidFocalClassificationLoss()(logits, targets, torch.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64])
+def test_0_and_1_may_be_of_any_dtype_and_really_are_used(dtype):
+    logits, targets = random_case((6, 5))
+    expected = torchvision_focal(logits, targets, reduction="sum")
+    loss = SigmoidFocalClassificationLoss(reduction="sum")
+    torch.testing.assert_close(loss(logits, targets.to(dtype)), expected)
+    assert not torch.isclose(loss(logits, (1 - targets).to(dtype)), expected)
+
+
+def test_class_indices_go_with_any_number_of_dimensions():
+    logits, _ = random_case((2, 5, 3))
+    indices = torch.arange(10).view(2, 5) % 4  # 3 is background
+    one_hot = F.one_hot(indices, 4)[..., :3].float()
+    loss = SigmoidFocalClassificationLoss(reduction="none")
+    torch.testing.assert_close(loss(logits, indices), torchvision_focal(logits, one_hot))
+
+
+def test_the_class_term_of_that_name_is_the_same_loss():
+    logits, targets = random_case((3, 4, 5))
+    expected = SigmoidFocalClassificationLoss(gamma=1.5, alpha=0.4, reduction="none")
+    term = build_conf_loss("focal(gamma=1.5, alpha=0.4)")
+    assert torch.equal(term(logits, targets), expected(logits, targets))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_no_element_gives_a_differentiable_zero(reduction):
     logits = torch.zeros(0, 3, requires_grad=True)
@@ -112,7 +152,9 @@ def test_no_element_gives_a_differentiable_zero(reduction):
         ({"reduction": "average"}, "none, sum, mean"),
         ({"alpha": 1.1}, "0 to 1"),
         ({"alpha": float("nan")}, "0 to 1"),
+        ({"alpha": "auto"}, "0 to 1"),
         ({"gamma": -1}, "0 .* or more"),
+        ({"gamma": float("inf")}, "0 .* or more"),
     ],
 )
 def test_a_bad_argument_is_an_error_that_says_what_is_allowed(arguments, message):

@@ -4,8 +4,21 @@ import io
 import cv2
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 
-from utils.plots import column, envelope, plot_losses, plot_map, plot_precision_recall
+from losses.conf_cells import CellHistogram, ConfCells
+from utils.calibration import reliability
+from utils.plots import (
+    column,
+    cumulative_share,
+    envelope,
+    plot_cumulative_loss,
+    plot_losses,
+    plot_map,
+    plot_precision_recall,
+    plot_reliability,
+)
 
 CSV = """epoch,step,lr,loss,loc,conf,cls,val_loss,val_ap50
 1,10,0.1,9.0,4.0,4.0,1.0,,
@@ -72,4 +85,65 @@ def test_precision_recall_is_drawn_for_any_number_of_classes(classes, tmp_path, 
     path = tmp_path / "precision_recall.png"
     plot_precision_recall(path, dict.fromkeys(names, curve), dict.fromkeys(names, 0.8))
     assert inked_share(path) > 0
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_reliability_is_drawn_for_any_number_of_boxes(count, tmp_path, recwarn):
+    scores = np.linspace(0.06, 1, count)
+    bins = reliability(scores, scores > 0.5)
+    path = tmp_path / "reliability.png"
+    plot_reliability(path, bins, ece=0.1, thresholds={"_$best F1$": 0.4, "other": 0.5})
+    with_lines = inked_share(path)
+    plot_reliability(path, bins, ece=0.1)
+    assert 0 < inked_share(path) < with_lines
+    assert not recwarn.list
+
+
+def cell_histogram(positives, negatives, gamma=0.0):
+    """Of logits drawn as a trained network has them, with a loss of BCE difficulty^gamma."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, positives + negatives, generator=rng) * 2 - 5
+    logits[:, :positives] += 6
+    targets = torch.zeros_like(logits)
+    targets[:, :positives] = 1
+    bce = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    losses = bce * (targets - logits.sigmoid()).abs() ** gamma
+    histogram = CellHistogram()
+    counted = torch.ones_like(targets, dtype=torch.bool)
+    histogram.add(ConfCells(logits, targets, targets > 0, counted, losses, [logits.numel()]))
+    return histogram.to_json(), losses[0, :positives], losses[0, positives:]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_the_cumulative_share_equals_that_of_the_sorted_cells(gamma):
+    histogram, *losses = cell_histogram(400, 20000, gamma)
+    for group, exact in zip(("positive", "negative"), losses, strict=True):
+        fractions, shares = cumulative_share(histogram[group]["cells"], histogram[group]["loss"])
+        running = exact.double().sort().values.cumsum(0) / exact.double().sum()
+        grid = np.arange(1, len(exact) + 1) / len(exact)
+        assert (fractions[0], shares[0], fractions[-1], shares[-1]) == (0, 0, 1, 1)
+        assert abs(np.interp(grid, fractions, shares) - running.numpy()).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("cells", "loss"), [([], []), ([0, 0], [0, 0]), ([3, 1], [0, 0]), ([3, 1], [1, np.nan])]
+)
+def test_without_a_loss_there_is_no_cumulative_share(cells, loss):
+    assert cumulative_share(cells, loss) is None
+
+
+@pytest.mark.parametrize(("positives", "negatives"), [(0, 0), (0, 900), (1, 0), (50, 9000)])
+def test_cumulative_losses_are_drawn_for_any_number_of_cells(
+    positives, negatives, tmp_path, recwarn
+):
+    histograms = {
+        f"_focal $gamma$ {gamma}": cell_histogram(positives, negatives, gamma)[0]
+        for gamma in (0.0, 2.0)
+    }
+    path = tmp_path / "cumulative_loss.png"
+    plot_cumulative_loss(path, {})
+    nothing = inked_share(path)
+    plot_cumulative_loss(path, histograms)
+    assert 0 < nothing < inked_share(path)
     assert not recwarn.list

@@ -10,7 +10,13 @@ from PIL import Image
 
 import predict
 from engine.predictor import Predictor
-from tests.test_predictor import CLASS_NAMES, THRESHOLD, random_picture, write_checkpoint
+from tests.test_predictor import (
+    CLASS_NAMES,
+    THRESHOLD,
+    random_picture,
+    with_class_thresholds,
+    write_checkpoint,
+)
 from utils.draw import draw_detections
 from utils.errors import UserError
 from utils.image import read_image
@@ -39,7 +45,8 @@ def run_predict(*arguments):
 
 
 def run_main(monkeypatch, **flags):
-    arguments = [f"--{name}={value}" for name, value in {"device": "cpu", **flags}.items()]
+    given = {"device": "cpu", **flags}.items()
+    arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given]
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
     predict.main()
 
@@ -187,6 +194,43 @@ def test_when_nothing_passes_the_highest_score_is_told(monkeypatch, weights, tmp
     assert np.array_equal(read_image(out / "a.png"), read_image(source))
 
 
+def test_class_thresholds_are_used_and_told(monkeypatch, tmp_path, capsys):
+    source, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    for own, told in (
+        ((0.3, 0.9, 0.95), "boxes with score >= 0.3 to 0.95, its class's own: disc"),
+        ((0.9, 0.91, 0.95), "No box has a score >= 0.9 to 0.95, its class's own; the highest"),
+    ):
+        weights = with_class_thresholds(tmp_path / "own.pt", *own)
+        flags = {"weights": weights, "source": source, "save_dir": out}
+        run_main(monkeypatch, **flags, class_thresholds=True)
+        assert told in capsys.readouterr().out
+        boxes = read_records(out)[0]["boxes"]
+        assert {box["class_name"] for box in boxes} <= {"disc"}
+
+
+@pytest.mark.parametrize("save_dir", ["out", "new/nested/out"])
+def test_when_nothing_can_be_read_nothing_is_left(monkeypatch, weights, tmp_path, capsys, save_dir):
+    (tmp_path / "source").mkdir()
+    for name in ("broken.jpg", "broken.mp4"):
+        (tmp_path / "source" / name).write_bytes(b"neither")
+    flags = {"source": tmp_path / "source", "save_dir": tmp_path / save_dir}
+    with pytest.raises(UserError, match="2 of 2 files"):
+        run_main(monkeypatch, weights=weights, **flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert "nothing is written" in capsys.readouterr().out
+
+
+def test_when_nothing_can_be_read_earlier_results_stay(monkeypatch, weights, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    source = write_picture(tmp_path / "a.png")
+    run_main(monkeypatch, weights=weights, source=source, save_dir=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="1 of 1 files"):
+        run_main(monkeypatch, weights=weights, source=broken, save_dir=out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_a_video_that_ends_early_is_told(monkeypatch, weights, tmp_path, capsys):
     path = tmp_path / "cut.avi"
     writer = cv2.VideoWriter(
@@ -225,6 +269,7 @@ def test_without_save_dir_the_results_lie_in_logs(monkeypatch, weights, tmp_path
         ({"save_dir": "text.txt"}, "cannot make the folder"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"conf_threshold": 2}, "conf_threshold is 2"),
+        ({"class_thresholds": True}, "class_thresholds"),
     ],
 )
 def test_bad_flags_are_refused_before_anything_is_written(

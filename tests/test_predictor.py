@@ -161,6 +161,52 @@ def test_the_checkpoints_threshold_is_the_default_and_a_given_one_replaces_it(we
     assert Predictor(weights, device="cpu", conf_threshold=0.1)(image).scores.min() < THRESHOLD
 
 
+def with_class_thresholds(path, *thresholds):
+    named = dict(zip(CLASS_NAMES, thresholds, strict=True))
+    return write_checkpoint(path, metrics={"class_thresholds": named})
+
+
+def test_class_thresholds_keep_of_each_class_what_its_own_threshold_keeps(tmp_path, weights):
+    image = random_picture(64, 96)
+    every = Predictor(weights, device="cpu", conf_threshold=0.2)(image)
+    own = [float(np.sort(every.scores[every.class_ids == id_])[10 * id_]) for id_ in range(3)]
+    path = with_class_thresholds(tmp_path / "own.pt", *own)
+    predictor = Predictor(path, device="cpu", class_thresholds=True)
+    kept = every.scores >= np.float32(own)[every.class_ids]
+    assert (~kept).sum() == 0 + 10 + 20
+    expected = (every.boxes_xyxy[kept], every.scores[kept], every.class_ids[kept])
+    assert_same(predictor(image), Detections(*expected, every.class_names))
+    assert predictor.class_thresholds == dict(zip(CLASS_NAMES, own, strict=True))
+    assert predictor.conf_threshold == min(own)
+
+
+def test_boxes_below_their_class_threshold_take_no_place_from_others(tmp_path, weights):
+    image = random_picture(64, 96)
+    full = Predictor(weights, device="cpu", conf_threshold=0.0)(image)
+    path = with_class_thresholds(tmp_path / "own.pt", 1.0, 1.0, 0.0)
+    found = Predictor(path, device="cpu", class_thresholds=True)(image)
+    assert set(found.class_ids.tolist()) == {2}
+    assert len(found) > (full.class_ids == 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "arguments", "message"),
+    [
+        ({}, {}, "holds no class_thresholds"),
+        ({"class_thresholds": {"disc": 0.5}}, {}, "holds no class_thresholds"),
+        (
+            {"class_thresholds": dict.fromkeys(CLASS_NAMES, 0.5)},
+            {"conf_threshold": 0.3},
+            "conf_threshold 0.3 and class_thresholds are both given",
+        ),
+    ],
+)
+def test_class_thresholds_that_cannot_be_used_are_refused(tmp_path, metrics, arguments, message):
+    path = write_checkpoint(tmp_path / "some.pt", metrics=metrics)
+    with pytest.raises(UserError, match=message):
+        Predictor(path, device="cpu", class_thresholds=True, **arguments)
+
+
 def test_a_higher_nms_iou_keeps_more(weights):
     counts = [
         len(Predictor(weights, device="cpu", nms_iou=iou)(random_picture(64, 96)))

@@ -15,12 +15,13 @@ class SquareLoss(nn.Module):
         super().__init__()
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, outputs, targets):
+    def forward(self, outputs, targets, *, cells=False):
         self.calls += 1
         total = outputs.square().mean() * targets[:, 1].mean()
         nothing = torch.zeros(())
-        names = ("loc", "conf", "cls", "positives", "ignored", "conf_positive_share")
-        return {"total": total, **dict.fromkeys(names, nothing)}
+        names = ("loc", "conf", "cls", "positives", "ignored")
+        groups = {"groups": total.detach() * torch.arange(48.0).view(3, 4, 4)} if cells else {}
+        return {"total": total, **dict.fromkeys(names, nothing), **groups}
 
 
 def make_step(clip_norm=0.0, optimizer="sgd", bn=True):
@@ -51,6 +52,10 @@ def batch(value=1.0, seed=0):
     return images, torch.tensor([[0, value, 0.5, 0.5, 0.1, 0.1]])
 
 
+def read(figures):
+    return figures.read()[0]
+
+
 def state_of(step):
     tensors = {**step.model.state_dict(), **step.ema.module.state_dict(prefix="ema.")}
     return {k: v.clone() for k, v in tensors.items() if "num_batches" not in k}
@@ -59,28 +64,28 @@ def state_of(step):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_loss_changes_nothing_and_the_next_step_learns(bad):
     step = make_step()
-    assert step(*batch()).read()["finite"] == 1
+    assert read(step(*batch()))["finite"] == 1
     before = state_of(step)
-    figures = step(*batch(bad)).read()
+    figures = read(step(*batch(bad)))
     assert (figures["finite"], figures["skipped"]) == (0, 1)
     model_part = {k: v for k, v in before.items() if not k.startswith("ema.")}
     after = state_of(step)
     for key, value in model_part.items():
         assert torch.equal(after[key], value), key
     assert all(value.isfinite().all() for value in after.values())
-    assert step(*batch()).read()["finite"] == 1
+    assert read(step(*batch()))["finite"] == 1
     assert not torch.equal(state_of(step)["0.weight"], before["0.weight"])
 
 
 def test_one_bad_batch_of_an_accumulated_update_skips_the_update():
     step = make_step()
     before = step.model[0].weight.clone()
-    first = step(*batch(float("nan")), group_size=2, update=False).read()
+    first = read(step(*batch(float("nan")), group_size=2, update=False))
     assert (first["finite"], first["skipped"]) == (0, 0)
-    second = step(*batch(), group_size=2, update=True).read()
+    second = read(step(*batch(), group_size=2, update=True))
     assert (second["finite"], second["skipped"]) == (1, 1)
     assert torch.equal(step.model[0].weight, before)
-    assert step(*batch()).read()["skipped"] == 0
+    assert read(step(*batch()))["skipped"] == 0
 
 
 def test_accumulating_two_batches_is_the_mean_of_their_gradients():
@@ -102,8 +107,8 @@ def test_accumulating_two_batches_is_the_mean_of_their_gradients():
 
 def test_clipping_limits_the_step_and_reports_the_unclipped_norm():
     free, clipped = make_step(), make_step(clip_norm=1e-6)
-    norm = free(*batch(1e3)).read()["grad_norm"]
-    assert clipped(*batch(1e3)).read()["grad_norm"] == pytest.approx(norm)
+    norm = read(free(*batch(1e3)))["grad_norm"]
+    assert read(clipped(*batch(1e3)))["grad_norm"] == pytest.approx(norm)
     steps = [step.model[2].bias.norm().item() for step in (free, clipped)]  # from 0, no decay
     assert 0 < steps[1] < 1e-4 * steps[0]
 
@@ -125,3 +130,14 @@ def test_pictures_become_channels_last_fractions():
     inputs = to_input(images, CPU)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(inputs, images.float() / 255)
+
+
+def test_a_look_at_the_cells_changes_nothing_and_comes_with_the_figures():
+    plain, looking = make_step(), make_step()
+    figures, groups = plain(*batch()).read()
+    assert groups == []
+    figures_too, groups = looking(*batch(), cells=True).read()
+    assert figures_too == figures
+    assert groups == pytest.approx([figures["total"] * value for value in range(48)])
+    for key, value in state_of(plain).items():
+        assert torch.equal(state_of(looking)[key], value), key

@@ -2,6 +2,7 @@ import ast
 import csv
 import dataclasses
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from train import Config
@@ -20,8 +22,10 @@ from utils.errors import run_script as run_main
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {
     *("config.json", "metrics.csv", "best.pt", "last.pt", "loss.png", "map.png"),
-    *("train_batch.jpg", "val_detections.jpg"),
+    *("train_batch.jpg", "val_detections.jpg", "reliability.png", "cumulative_loss.png"),
+    "conf_cells.json",
 }
+STATEFUL = {"conf_loss": "ghm", "log_period": 1}  # a loss with a memory, all steps looked at
 
 
 def flags(voc, save_dir=None, **more):
@@ -67,7 +71,7 @@ def same_tensors(first, second):
 def whole_run(tiny_voc, tmp_path_factory):
     """An uninterrupted run of three epochs: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    command = [sys.executable, "train.py", *flags(tiny_voc, folder)]
+    command = [sys.executable, "train.py", *flags(tiny_voc, folder, **STATEFUL)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -87,6 +91,23 @@ def test_a_run_writes_its_folder_and_says_what_to_do_next(whole_run):
     assert all(float(row["val_loss"]) > 0 for row in rows)
     assert [bool(row["val_ap50"]) for row in rows] == [False, True, True]  # period 2, and the last
     assert json.loads((folder / "config.json").read_text())["input_shape"] == [64, 96]
+
+
+def test_metrics_and_tensorboard_say_what_the_loss_does_to_the_cells(whole_run):
+    folder, _ = whole_run
+    for row in rows_of(folder):
+        for prefix in ("conf_loss", "conf_grad", "s8_loss", "s16_grad", "s32_loss"):
+            shares = [float(row[f"{prefix}_{group}"]) for group in ("positive", "easy", "hard")]
+            assert sum(shares) == pytest.approx(1, abs=1e-4) or all(map(math.isnan, shares))
+        scales = [float(row[f"s{stride}_positives"]) for stride in (8, 16, 32)]
+        assert sum(scales) == pytest.approx(float(row["positives"]), rel=1e-4)
+        assert 0 < float(row["s8_objectness_negative"]) < 1
+    events = EventAccumulator(str(folder)).Reload()
+    for name in ("step/conf", "cells_s8/grad_easy", "cells_conf/loss_positive"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6], name
+    cells = json.loads((folder / "conf_cells.json").read_text())
+    total = sum(cells["positive"]["loss"]) + sum(cells["negative"]["loss"])
+    assert total > 0
 
 
 def test_checkpoints_hold_what_the_contract_says_and_are_plain(whole_run):
@@ -120,7 +141,8 @@ def test_checkpoints_hold_what_the_contract_says_and_are_plain(whole_run):
 
 def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(whole_run, tiny_voc, tmp_path):
     folder, _ = whole_run
-    command = [sys.executable, "train.py", *flags(tiny_voc, tmp_path / "b", num_workers=2)]
+    run_flags = flags(tiny_voc, tmp_path / "b", num_workers=2, **STATEFUL)
+    command = [sys.executable, "train.py", *run_flags]
     subprocess.run(command, cwd=ROOT, capture_output=True, timeout=300, check=True)
     assert without_times(rows_of(tmp_path / "b")) == without_times(rows_of(folder))
 
@@ -136,7 +158,7 @@ def wait_for(condition, process, seconds=120):
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole_run, tiny_voc, tmp_path, kind):
     folder, _ = whole_run
     cut = tmp_path / "cut"
-    command = [sys.executable, "train.py", *flags(tiny_voc, cut)]
+    command = [sys.executable, "train.py", *flags(tiny_voc, cut, **STATEFUL)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     wait_for((cut / "last.pt").exists, process)
     process.send_signal(kind)
@@ -154,6 +176,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole_run, tiny_voc, tmp_pa
     whole = torch.load(folder / "last.pt", weights_only=True)
     assert same_tensors(ours["raw_model"], whole["raw_model"])
     assert same_tensors(ours["model"], whole["model"])
+    assert same_tensors(ours["loss"], whole["loss"])
+    assert whole["loss"]["conf_loss.shares"].sum() > 0
 
 
 def test_a_resume_cannot_change_the_network_and_says_so(whole_run, run_script):
@@ -248,6 +272,7 @@ def run_with_losses(tmp_path):
 def test_a_run_stopped_between_two_steps_goes_on_at_that_step(tiny_voc, tmp_path, run_with_losses):
     conf_loss = "my_losses:Stopping"
     more = {"conf_loss": conf_loss, "batch_size": 2, "accumulate": 1, "epochs": 2}
+    more["log_period"] = 2
     whole = run_with_losses(*flags(tiny_voc, tmp_path / "whole", **more))
     assert whole.returncode == 0, whole.stderr
     cut = run_with_losses(*flags(tiny_voc, tmp_path / "cut", **more), STOP_AT="3")
@@ -343,9 +368,9 @@ def test_every_knob_is_read():
     assert {field.name for field in dataclasses.fields(Config)} <= read
 
 
-@pytest.mark.parametrize("focal", [False, True])
-def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, focal):
-    more = ["--focal_loss"] if focal else []
+@pytest.mark.parametrize("conf_loss", ["bce", "ghm"])
+def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, conf_loss):
+    more = ["--conf_loss", conf_loss]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun.append("--nproc_per_node=2")
     done = subprocess.run(

@@ -89,20 +89,6 @@ def test_gain_and_normalizer_are_applied_as_declared():
     torch.testing.assert_close(nothing["conf"].detach(), expected)
 
 
-def test_the_positives_share_is_that_of_the_gradient_and_needs_one():
-    outputs, loss = make_outputs(), make_loss(focal_loss=True)
-    terms = loss(outputs, make_targets())
-    _, (_, binary) = recorded()
-    parts = torch.autograd.grad(terms["conf"], outputs)
-    size = torch.cat(
-        [g.unflatten(1, (3, -1))[:, :, 4].permute(0, 2, 3, 1).flatten(1) for g in parts], dim=1
-    ).abs()
-    share = (size * binary).sum() / size.sum()
-    torch.testing.assert_close(terms["conf_positive_share"], share)
-    with torch.inference_mode():
-        assert "conf_positive_share" not in loss(outputs, make_targets())
-
-
 def test_the_focal_knobs_change_the_confidence_term_and_nothing_else():
     outputs, targets = make_outputs(), make_targets()
     plain = values(make_loss()(outputs, targets))
@@ -184,6 +170,9 @@ def test_targets_of_another_shape_and_unknown_classes_do_no_harm():
         ({"cls_loss": "softmax"}, "unknown"),
         ({"cls_loss": "focal", "label_smoothing": 0.1}, "label_smoothing"),
         ({"cls_loss": "my_losses:Mine"}, "code of your own"),
+        ({"cls_loss": "ohem"}, "needs all cells"),
+        ({"cls_loss": "varifocal"}, "or boxes"),
+        ({"cls_loss": "focal(gain=2)"}, "belong to conf_loss"),
         ({"box_loss": "piou"}, "ciou, siou, eiou"),
         ({"assigner": "all"}, "best_anchor, iou_threshold"),
         ({"label_smoothing": -0.1}, "label_smoothing"),
@@ -237,10 +226,12 @@ class OwnParameter(nn.Module):
         return self.weight * torch.ones_like(targets)
 
 
-def test_a_plug_that_ignores_the_logits_has_no_share_but_works():
+def test_a_plug_that_ignores_the_logits_has_no_gradient_to_share_but_works():
     loss = make_loss(conf_loss="tests.test_yolo_loss_knobs:OwnParameter")
     for requires_grad in (False, True):
         outputs = [raw.detach().requires_grad_(requires_grad) for raw in make_outputs()]
-        terms = loss(outputs, make_targets())
+        terms = loss(outputs, make_targets(), cells=True)
         assert terms["total"].isfinite()
-        assert terms.get("conf_positive_share", torch.zeros(())) == 0
+        assert ("groups" in terms) == requires_grad
+    assert not terms["groups"][..., 1].any()
+    assert terms["groups"][..., 0].any()

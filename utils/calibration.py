@@ -1,15 +1,20 @@
-"""What a detector's confidences are worth."""
+"""What a detector's confidences are worth: thresholds of best F1, calibration."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 DEFAULT_THRESHOLD = 0.5  # where no threshold finds anything true
+CALIBRATION_BINS = 10  # equally wide in score
+# Calibration counts detections from this score on. Evaluation keeps boxes from .001 on, thousands
+# of them nearly all false at scores near 0: with them every detector would look calibrated.
+CALIBRATION_FLOOR = 0.05
 
 
-class BestF1(NamedTuple):
-    """The score threshold of the highest F1, and what keeping scores >= threshold gives there."""
+class OperatingPoint(NamedTuple):
+    """What keeping the detections of scores >= conf_threshold gives; 0 where nothing is kept."""
 
     conf_threshold: float
     f1: float
@@ -19,29 +24,95 @@ class BestF1(NamedTuple):
 
 def best_f1_threshold(
     scores: Sequence[float], is_true_positive: Sequence[bool], num_ground_truth: int
-) -> BestF1:
+) -> OperatingPoint:
     """The score at which F1 = 2 TP / (detections + ground truth) is highest.
 
-    scores, is_true_positive: (n,), all classes together, in any order, without ignored detections.
-    The threshold is one of the scores; among equal F1 the highest one, which keeps the fewest
-    detections. With no true positive there is nothing to choose by: (0.5, 0, 0, 0).
+    scores, is_true_positive: (n,), of one class or all together, in any order, without ignored
+    detections. The threshold is one of the scores; among equal F1 the highest one, which keeps the
+    fewest detections. With no true positive there is nothing to choose by: (0.5, 0, 0, 0).
     Raises ValueError when the lengths disagree.
     """
-    scores = np.asarray(scores, dtype=np.float64).reshape(-1)
-    hits = np.asarray(is_true_positive, dtype=bool).reshape(-1)
-    if len(scores) != len(hits):
-        raise ValueError(f"{len(scores)} scores, but {len(hits)} true-positive flags")
+    scores, hits = _arrays(scores, is_true_positive)
     if not hits.any():
-        return BestF1(DEFAULT_THRESHOLD, 0.0, 0.0, 0.0)
+        return OperatingPoint(DEFAULT_THRESHOLD, 0.0, 0.0, 0.0)
     order = np.argsort(-scores, kind="stable")
     # Equal scores pass a threshold together: only the last of each run can be a cut.
     cuts = np.flatnonzero(np.diff(scores[order], append=-np.inf))
     true_positives, kept = np.cumsum(hits[order])[cuts], cuts + 1
     f1 = 2 * true_positives / (kept + num_ground_truth)
     best = int(f1.argmax())
-    return BestF1(
+    return OperatingPoint(
         conf_threshold=float(scores[order][cuts[best]]),
         f1=float(f1[best]),
         precision=float(true_positives[best] / kept[best]),
         recall=float(true_positives[best] / num_ground_truth),
     )
+
+
+def operating_point(
+    scores: Sequence[float],
+    is_true_positive: Sequence[bool],
+    num_ground_truth: int,
+    *,
+    conf_threshold: float,
+) -> OperatingPoint:
+    """F1, precision and recall at a given threshold; otherwise as `best_f1_threshold`."""
+    scores, hits = _arrays(scores, is_true_positive)
+    kept = scores >= conf_threshold
+    true_positives = int((hits & kept).sum())
+    if true_positives == 0:
+        return OperatingPoint(conf_threshold, 0.0, 0.0, 0.0)
+    return OperatingPoint(
+        conf_threshold=conf_threshold,
+        f1=float(2 * true_positives / (kept.sum() + num_ground_truth)),
+        precision=float(true_positives / kept.sum()),
+        recall=float(true_positives / num_ground_truth),
+    )
+
+
+def reliability(
+    scores: Sequence[float], is_true_positive: Sequence[bool]
+) -> dict[str, list[float]]:
+    """Per bin of score: "confidence", the mean score, "precision" and "count" of the detections.
+
+    scores, is_true_positive: (n,), without ignored detections. CALIBRATION_BINS equal bins from 0
+    to 1, of which the first begins at CALIBRATION_FLOOR. Means of empty bins are nan.
+    Raises ValueError when the lengths disagree.
+    """
+    scores, hits = _arrays(scores, is_true_positive)
+    high = scores >= CALIBRATION_FLOOR
+    scores, hits = scores[high], hits[high]
+    bins = np.minimum((scores * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    sums = [
+        np.bincount(bins, weights, minlength=CALIBRATION_BINS) for weights in (scores, hits, None)
+    ]
+    count = sums.pop()
+    with np.errstate(invalid="ignore"):
+        confidence, precision = (total / count for total in sums)
+    return {
+        "confidence": confidence.tolist(),
+        "precision": precision.tolist(),
+        "count": count.tolist(),
+    }
+
+
+def expected_calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
+    """ECE = sum over bins of n_b / N |precision_b - confidence_b| (Guo et al. 2017); nan if N = 0.
+
+    bins: of `reliability`. For detections precision takes the place of accuracy, and the score
+    that of confidence (Kueppers et al. 2020).
+    """
+    columns = zip(bins["confidence"], bins["precision"], bins["count"], strict=True)
+    gaps = [(abs(precision - score), count) for score, precision, count in columns if count]
+    total = sum(count for _, count in gaps)
+    return sum(gap * count for gap, count in gaps) / total if total else math.nan
+
+
+def _arrays(
+    scores: Sequence[float], is_true_positive: Sequence[bool]
+) -> tuple[np.ndarray, np.ndarray]:
+    scores = np.asarray(scores, dtype=np.float64).reshape(-1)
+    hits = np.asarray(is_true_positive, dtype=bool).reshape(-1)
+    if len(scores) != len(hits):
+        raise ValueError(f"{len(scores)} scores, but {len(hits)} true-positive flags")
+    return scores, hits

@@ -1,14 +1,17 @@
-"""Curves as picture files: losses, average precision over epochs, precision against recall."""
+"""Curves as picture files: of a training, of precision, of calibration, of the cells' loss."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from utils.calibration import CALIBRATION_FLOOR
 
 TRAIN_COLOUR, VALIDATION_COLOUR = "#1f77b4", "#d95f02"
 TERM_COLOURS = {"loc": "#1b9e77", "conf": "#7570b3", "cls": "#e7298a"}
@@ -16,6 +19,8 @@ DPI = 120
 LOG_FROM = 20  # a curve that spans more than this factor is drawn on a logarithmic axis
 MAX_NAMED_CLASSES = 20  # more curves than this cannot be told apart: they are drawn grey
 RECALL_GRID = np.linspace(0, 1, 101)
+# Of the cells, the share whose loss the legend tells: negatives are a thousand times as many.
+HARDEST = {"positive": 0.1, "negative": 0.01}
 
 Row = Mapping[str, object]
 
@@ -81,8 +86,7 @@ def plot_precision_recall(
     colours = colormaps["tab10" if len(ranked) <= 10 else "tab20"].colors
     for index, name in enumerate(ranked):
         style = {"color": "0.75", "linewidth": 0.7} if many else {"color": colours[index]}
-        # "$" would start mathematics, and a label that starts with "_" would not be shown.
-        label = None if many else f"{average_precisions[name]:.3f}  {name}".replace("$", r"\$")
+        label = None if many else f"{average_precisions[name]:.3f}  {_plain(name)}"
         axes.plot(RECALL_GRID, envelope(*curves[name]), label=label, **style)
     if ranked:
         mean = np.mean([envelope(*curves[name]) for name in ranked], axis=0)
@@ -94,6 +98,61 @@ def plot_precision_recall(
     axes.set_title(f"Precision and recall at IoU {iou:g}" if ranked else "No object to recall")
     _clean(axes)
     figure.savefig(path, dpi=DPI)
+
+
+def plot_reliability(
+    path: str | Path,
+    bins: Mapping[str, Sequence[float]],
+    *,
+    ece: float,
+    thresholds: Mapping[str, float] | None = None,
+) -> None:
+    """Reliability diagram: precision against score in each bin, and below it the counts.
+
+    bins: of utils.calibration.reliability; ece: their expected calibration error. thresholds:
+    label -> score, drawn as lines.
+    """
+    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    names = ("confidence", "precision", "count")
+    confidence, precision, count = (np.array(bins[name], dtype=float) for name in names)
+    edges = np.arange(len(count)) / len(count)
+    bar = {"width": 0.94 / len(count), "align": "edge", "color": TRAIN_COLOUR, "alpha": 0.35}
+    axes.bar(edges, precision, **bar)
+    axes.plot([0, 1], [0, 1], "--", color="0.4", label="calibrated")
+    axes.vlines(confidence, confidence, precision, color=VALIDATION_COLOUR)
+    axes.plot(confidence, precision, "o", color=TRAIN_COLOUR, label="at the bin's mean score")
+    below.bar(edges, count, **bar)
+    for panel in (axes, below):
+        _mark_scores(panel, thresholds or {})
+        _clean(panel)
+    counted = f"{int(count.sum())} boxes of score >= {CALIBRATION_FLOOR:g}"
+    error = f"Expected calibration error {ece:.3f}, " if count.any() else ""
+    axes.set(title=error + counted, ylabel="precision", ylim=(0, 1.02))
+    axes.legend(loc="upper left", frameon=False)
+    below.set(xlabel="score", ylabel="boxes", xlim=(0, 1))
+    below.set(yscale="log" if count.any() else "linear", ylim=(0.5, 2 * max(1, count.max())))
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_cumulative_loss(path: str | Path, histograms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Share of the confidence loss over cells sorted from easy to hard (Lin et al. 2017, fig. 4).
+
+    histograms: label -> CellHistogram.to_json(); a curve each for positives and for negatives,
+    normalised to 1. The negatives' axis is logarithmic towards its hard end, unlike the paper's:
+    on a plain one nearly every curve rises within the last hundredth.
+    """
+    figure = Figure(figsize=(11, 4.6 + 0.22 * len(histograms)), layout="constrained")
+    positives, negatives = figure.subplots(1, 2)
+    grid = np.linspace(0, 1, 1001)
+    _cumulative_panel(positives, histograms, "positive", ticks=grid, fractions=grid)
+    positives.xaxis.set_major_formatter(PercentFormatter(1))
+    most = max((sum(own["negative"]["cells"]) for own in histograms.values()), default=0)
+    nines = np.linspace(0, math.log10(max(most, 10)), 1001)  # 2 is 99%; the end is one cell
+    _cumulative_panel(negatives, histograms, "negative", ticks=nines, fractions=1 - 10**-nines)
+    whole = range(int(nines[-1]) + 1)
+    negatives.set_xticks(whole, [f"{100 - 10.0 ** (2 - n):.{max(n - 2, 0)}f}%" for n in whole])
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")  # a long label makes it wider
 
 
 def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +167,67 @@ def envelope(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
     """Best precision at each recall of RECALL_GRID or a higher one; 0 beyond the last recall."""
     best = np.maximum.accumulate(precision[::-1])[::-1]
     return np.append(best, 0.0)[np.searchsorted(recall, RECALL_GRID)]
+
+
+def cumulative_share(
+    cells: Sequence[float], loss: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Running shares of cells and of their loss, from 0 to 1, (bins + 1,) each; None without loss.
+
+    cells, loss: what lies in each bin, from easy to hard.
+    """
+    fractions, shares = (np.cumsum([0, *column]) for column in (cells, loss))
+    if not (fractions[-1] > 0 and 0 < shares[-1] < math.inf):
+        return None
+    return fractions / fractions[-1], shares / shares[-1]
+
+
+def _cumulative_panel(
+    axes: Axes,
+    histograms: Mapping[str, Mapping[str, Any]],
+    group: str,
+    *,
+    ticks: np.ndarray,
+    fractions: np.ndarray,
+) -> None:
+    """A curve a label. ticks: where on the axis the `fractions` of the cells are drawn."""
+    axes.plot(ticks, fractions, ":", color="0.5", label="if every cell had the same loss")
+    hardest = HARDEST[group]
+    colours = colormaps["tab10" if len(histograms) <= 10 else "tab20"].colors
+    found = False
+    for index, (label, histogram) in enumerate(histograms.items()):
+        curve = cumulative_share(histogram[group]["cells"], histogram[group]["loss"])
+        style = {"color": colours[index % len(colours)]}
+        if curve is None:
+            axes.plot([], [], label=f"none  {_plain(label)}", **style)
+            continue
+        found = True
+        share = 1 - np.interp(1 - hardest, *curve)
+        style["label"] = f"{share:4.0%}  {_plain(label)}"
+        axes.plot(ticks, np.interp(fractions, *curve), **style)
+    if not found:
+        axes.text(0.5, 0.1, f"no {group}s with a loss", ha="center", transform=axes.transAxes)
+    title = f"share of the loss in the hardest {hardest:.0%}"
+    place = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "alignment": "left"}
+    axes.legend(title=title, frameon=False, **place)  # below: curves may be anywhere
+    axes.set(title=f"{group.capitalize()}s", ylim=(0, 1.02), xlim=(0, ticks[-1]))
+    axes.set(xlabel=f"{group}s, from easy to hard", ylabel="share of their loss up to there")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _clean(axes)
+
+
+def _mark_scores(axes: Axes, thresholds: Mapping[str, float]) -> None:
+    """Lines at thresholds; grey where scores are too low to count."""
+    axes.axvspan(0, CALIBRATION_FLOOR, color="0.93")
+    for index, (label, score) in enumerate(thresholds.items()):
+        line = ("-", "--", ":")[index % 3]
+        label = f"{score:.3f}  {_plain(label)}"
+        axes.axvline(score, color="black", linestyle=line, linewidth=1, label=label)
+
+
+def _plain(text: str) -> str:
+    """For a legend: "$" would start mathematics. A number leads, since a leading "_" hides it."""
+    return text.replace("$", r"\$")
 
 
 def _number(value: object) -> float:

@@ -1,0 +1,57 @@
+"""What a training says on the terminal before its first step and after its last."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.distributed import world_size
+from engine.recipe import Recipe
+
+
+def describe(
+    model: nn.Module,
+    loss: nn.Module,
+    recipe: Recipe,
+    *,
+    facts: Mapping[str, Any],
+    device: torch.device,
+    folder: Path,
+) -> str:
+    """What is about to be trained, with the numbers that were derived from the constants.
+
+    loss: a YOLOLoss. facts: as the Trainer takes them.
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    precision = str(recipe.amp_dtype or torch.float32).removeprefix("torch.")
+    network = f"YOLOv4, width {facts['width']}, depth {facts['depth']}, {parameters:,} parameters"
+    lines = [
+        f"network: {network}",
+        f"device: {world_size()} x {name}, {precision}",
+        f"confidence loss: {facts['conf_loss']} ({loss.conf_settings})",
+        f"{recipe}",
+        f"run folder: {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def how_to_go_on(folder: Path, conf_loss: str) -> str:
+    """The command that resumes; a loss of the user's own is run only when named again."""
+    own = f" --conf_loss {shlex.quote(conf_loss)}" if ":" in conf_loss else ""
+    return f"stopped; go on with:\n  python train.py --resume {shlex.quote(str(folder))}{own}"
+
+
+def how_to_use(folder: Path, val: str) -> str:
+    """The commands that evaluate and predict with what was trained."""
+    pictures = shlex.quote(f"{val.split('+')[0].rpartition(':')[0]}/JPEGImages")
+    best = shlex.quote(str(folder / "best.pt"))
+    lines = [
+        f"done. Curves and pictures: {folder}",
+        f"  python evaluate.py --weights {best} --data {shlex.quote(val)}",
+        f"  python predict.py --weights {best} --source {pictures}",
+    ]
+    return "\n".join(lines)

@@ -74,7 +74,8 @@ def sigmoid_focal_loss(
 class SigmoidFocalClassificationLoss(nn.Module):
     """Focal loss over independent classes, each a sigmoid: for the head of any detector.
 
-    reduction: "none", "mean" (over all elements) or "sum".
+    reduction: "none", "mean" (over all elements) or "sum", which the paper divides by the number
+    of positives.
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "mean"):
@@ -83,18 +84,23 @@ class SigmoidFocalClassificationLoss(nn.Module):
         _check_reduction(reduction)
         self.gamma, self.alpha, self.reduction = gamma, alpha, reduction
 
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, alpha={self.alpha}, reduction={self.reduction!r}"
+
     def forward(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """logits: (..., C). targets: 0/1 of the same shape, or class indices (...,).
 
-        An index outside 0..C-1 is background: a negative for every class. weights: (..., C), or
-        (...,) for one a row; they multiply the losses before the reduction.
+        An index outside 0..C-1 is background: a negative for every class (torchvision's labels,
+        where 0 is background, are `labels - 1`). weights: (..., C), or (...,) for one a row; they
+        multiply the losses before the reduction, so a row to ignore has weight 0.
         """
-        if targets.ndim == logits.ndim - 1:
+        given = targets.shape
+        if targets.shape == logits.shape[:-1]:
             classes = torch.arange(logits.shape[-1], device=logits.device)
             targets = targets[..., None] == classes
         if targets.shape != logits.shape:
             raise UserError(
-                f"targets of shape {tuple(targets.shape)} do not fit logits of shape "
+                f"targets of shape {tuple(given)} do not fit logits of shape "
                 f"{tuple(logits.shape)}. Give 0/1 of that shape, or class indices without its "
                 "last dimension."
             )

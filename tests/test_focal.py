@@ -167,3 +167,8 @@ def test_a_bad_argument_is_an_error_that_says_what_is_allowed(arguments, message
 def test_targets_of_another_shape_are_an_error():
     with pytest.raises(UserError, match=r"\(4, 2\).*\(4, 3\)"):
         SigmoidFocalClassificationLoss()(torch.zeros(4, 3), torch.zeros(4, 2))
+
+
+def test_the_module_shows_its_numbers():
+    text = str(SigmoidFocalClassificationLoss(gamma=1.5, reduction="sum"))
+    assert "gamma=1.5, alpha=0.25, reduction='sum'" in text

@@ -41,7 +41,11 @@ def main() -> None:
 def run(command: str) -> None:
     """Show a command and run it with this Python; a failure ends everything with its status."""
     print(f"\n$ python {command}", flush=True)
-    status = subprocess.run([sys.executable, *shlex.split(command)], check=False).returncode
+    process = subprocess.Popen([sys.executable, *shlex.split(command)])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # Ctrl-C reaches both: a training saves itself before it ends
+        status = process.wait()
     if status != 0:
         sys.exit(status)
 

@@ -120,6 +120,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     check_same_data(class_names, config.classes_path, anchors, resume)
     seed_everything(config.seed, deterministic=config.deterministic)
     loss = build_loss(config, anchors, len(class_names)).to(device)
+    seed_everything(config.seed, deterministic=config.deterministic)  # the weights: for any loss
     model = build_model(config, class_names, loss.prior_pi, resume).to(
         device, memory_format=torch.channels_last
     )

@@ -1,0 +1,192 @@
+"""What the runs of a comparison have measured, and what of it exceeds the noise."""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tools.compare_plan import Plan, Run, read_json, write_text
+
+# Student's t, 97.5% quantile, by degrees of freedom from 1 on: 95% confidence, two-sided.
+T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+STEP_TIME = "ms a step"
+NOT_MEASURED = "-"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has left so far.
+
+    figures: of the test split and the step time, by the names of the report's columns; those that
+    were not measured are absent. rows: metrics.csv. cells: conf_cells.json, None without.
+    """
+
+    run: Run
+    finished: bool
+    figures: Mapping[str, float]
+    rows: Sequence[Mapping[str, str]]
+    cells: Mapping[str, Any] | None
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation over seeds, which is nan for a single one."""
+
+    mean: float
+    deviation: float
+
+
+class Difference(NamedTuple):
+    """Mean over the pairs of one seed, and its 95% confidence interval, nan for a single pair."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether 0 lies outside the interval."""
+        if math.isnan(self.low):
+            return "one seed: unknown"
+        return "no" if self.low <= 0 <= self.high else "yes"
+
+
+def read_results(plan: Plan, save_dir: Path) -> list[Result]:
+    """A result for every run of the plan, begun or not."""
+    return [read_result(run) for run in plan.runs(save_dir)]
+
+
+def read_result(run: Run) -> Result:
+    """A run's folder as a Result."""
+    rows, evaluation = read_rows(run.folder / "metrics.csv"), run.evaluation()
+    figures = {} if evaluation is None else test_figures(evaluation)
+    if evaluation is not None:
+        figures[STEP_TIME] = step_time(rows)
+    return Result(
+        run=run,
+        finished=evaluation is not None,
+        figures={name: value for name, value in figures.items() if math.isfinite(value)},
+        rows=rows,
+        cells=read_json(run.folder / "conf_cells.json"),
+    )
+
+
+def test_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The report's columns out of an evaluation.json; nan where it has none."""
+    fixed = evaluation.get("at_checkpoint_threshold") or {}
+    return {
+        "AP50": number(evaluation.get("AP50")),
+        "AP": number(evaluation.get("AP")),
+        "best F1": number(evaluation.get("f1")),
+        "at score": number(evaluation.get("conf_threshold")),
+        "F1 as stored": number(fixed.get("f1")),
+        "stored score": number(fixed.get("conf_threshold")),
+        "ECE": number(evaluation.get("ece")),
+        **{f"AP50 {name}": number(ap) for name, ap in evaluation.get("per_class", {}).items()},
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a metrics.csv; one that a crash cut off is left out."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+    except OSError:
+        return []
+
+
+def step_time(rows: Sequence[Mapping[str, str]]) -> float:
+    """Median over epochs of the milliseconds a step, evaluation apart; nan without an epoch."""
+    steps = [int(row["step"]) for row in rows]
+    counts = (after - before for before, after in zip([0, *steps], steps, strict=False))
+    times = [
+        1000 * number(row["seconds"]) / count
+        for row, count in zip(rows, counts, strict=True)
+        if count > 0
+    ]
+    return statistics.median(times) if times else math.nan
+
+
+def number(value: Any) -> float:
+    """A float; nan for None and for the empty field of a table."""
+    return math.nan if value in (None, "") else float(value)
+
+
+def columns(results: Iterable[Result]) -> list[str]:
+    """Names of all figures that any run has, in the order of test_figures, the step time last."""
+    names = dict.fromkeys(name for result in results for name in result.figures)
+    return sorted(names, key=lambda name: name == STEP_TIME)
+
+
+def by_seed(results: Iterable[Result], loss: str, name: str) -> dict[int, float]:
+    """A figure of a loss, for the seeds where it was measured."""
+    own = (result for result in results if result.run.loss == loss)
+    return {result.run.seed: result.figures[name] for result in own if name in result.figures}
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """None without values."""
+    if not values:
+        return None
+    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Spread(statistics.fmean(values), deviation)
+
+
+def difference(own: Mapping[int, float], first: Mapping[int, float]) -> Difference | None:
+    """Of a loss to the first one, over the seeds that both have; None without any.
+
+    The same seed means the same initial weights and batches: what both share drops out of the
+    pair's difference, and the interval is mean +- t s / sqrt(n) over the pairs alone.
+    """
+    pairs = [own[seed] - first[seed] for seed in own if seed in first]
+    if not pairs:
+        return None
+    mean, deviation = spread(pairs)
+    degrees = min(len(pairs) - 1, len(T_QUANTILES))  # beyond 30 the interval is a little too wide
+    margin = T_QUANTILES[degrees - 1] * deviation / math.sqrt(len(pairs))  # nan for one pair
+    return Difference(mean, mean - margin, mean + margin)
+
+
+def spread_text(found: Spread | None, name: str) -> str:
+    """ "0.812 ± 0.004", without a spread for one seed."""
+    if found is None:
+        return NOT_MEASURED
+    digits = digits_of(name)
+    text = f"{found.mean:.{digits}f}"
+    return text if math.isnan(found.deviation) else f"{text} ± {found.deviation:.{digits}f}"
+
+
+def difference_text(found: Difference | None, name: str) -> str:
+    """ "+0.012 [-0.003, +0.027] no": mean, interval, and whether it exceeds the noise."""
+    if found is None:
+        return NOT_MEASURED
+    digits = digits_of(name)
+    text = f"{found.mean:+.{digits}f}"
+    if not math.isnan(found.low):
+        text += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"{text} {found.verdict}"
+
+
+def digits_of(name: str) -> int:
+    """Decimals worth printing."""
+    return 1 if name == STEP_TIME else 3
+
+
+def write_csv(path: Path, results: Sequence[Result]) -> None:
+    """results.csv: a line a run with every figure, empty where not measured."""
+    names = columns(results)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["loss", "seed", "finished", *names])
+    for result in results:
+        run, found = result.run, result.figures
+        values = (found.get(name, "") for name in names)
+        writer.writerow([run.loss, run.seed, int(result.finished), *values])
+    write_text(path, text.getvalue())

@@ -3,8 +3,8 @@
 A confidence loss is an nn.Module whose `forward(logits, targets)` returns one loss an element,
 unreduced, for any shape. Targets are 0 for negatives and in (0, 1] for positives. Decorate it
 with `@conf_loss("name")` and it is a name for --conf_loss; or keep it in a file of your own and
-name it `module:Class`. How YOLOLoss uses it is declared by the class attributes of ConfSettings;
-the first three are also keys of every spec: "focal(gamma=1, gain=1, normalizer='positives')".
+name it `module:Class` (or `module:name`). How YOLOLoss uses it is declared by the class attributes
+of ConfSettings; the first three are also keys of every spec: "focal(gamma=1, gain=1)".
 """
 
 import ast
@@ -215,6 +215,9 @@ def _import_class(module: str, name: str) -> type[nn.Module]:
     try:
         importlib.invalidate_caches()
         cls = getattr(importlib.import_module(module), name, None)
+        registered = CONF_LOSSES.get(name)  # by @conf_loss in that file
+        if cls is None and registered is not None and registered.__module__ == module:
+            cls = registered
     except (ImportError, SyntaxError) as error:
         raise UserError(
             f"conf_loss {module}:{name}: cannot import {module!r} ({error}). It is searched in "

@@ -277,6 +277,21 @@ def test_a_users_class_is_found_in_the_working_directory_during_its_import_only(
     assert conf_settings(loss) == ConfSettings(wants_iou=True)
 
 
+def test_a_users_class_is_found_by_its_registered_name_in_its_own_file_only(user_file):
+    text = "from losses.confidence import conf_loss\n" + USER_FILE.replace(
+        "class Scaled", '@conf_loss("scaled_error")\nclass Scaled'
+    )
+    (user_file / "my_conf_losses.py").write_text(text)
+    try:
+        loss = build_conf_loss("my_conf_losses:scaled_error(factor=2)")
+        assert (type(loss).__name__, loss.factor) == ("Scaled", 2)
+        assert type(build_conf_loss("scaled_error(factor=3)")) is type(loss)
+        with pytest.raises(UserError, match=r"no nn.Module named 'focal'"):
+            build_conf_loss("my_conf_losses:focal")
+    finally:
+        CONF_LOSSES.pop("scaled_error", None)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

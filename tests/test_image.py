@@ -1,6 +1,10 @@
 """Pictures of every kind that users bring: read upright, as RGB, or refused by name."""
 
 import io
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,6 +14,7 @@ from PIL import Image, ImageOps
 from utils.errors import UserError
 from utils.image import check_image, image_size, read_image, upright_boxes
 
+ROOT = Path(__file__).resolve().parent.parent
 RED, BLUE = (220, 30, 30), (20, 40, 200)
 FORMATS = {".jpg": "JPEG", ".png": "PNG", ".bmp": "BMP", ".webp": "WEBP", ".tif": "TIFF"}
 
@@ -199,3 +204,25 @@ def test_the_size_of_a_jpeg_needs_its_header_alone(tmp_path):
     Image.fromarray(noise()).save(path, quality=95)
     path.write_bytes(path.read_bytes()[:2000])
     assert image_size(path) == (64, 96)
+
+
+THREADS = """
+import os
+import cv2
+import numpy as np
+big = np.zeros((3000, 3000, 3), np.uint8)
+cv2.GaussianBlur(big, (31, 31), 0)  # OpenCV starts its threads here, if it may
+import utils.image
+threads = len(os.listdir("/proc/self/task"))
+cv2.GaussianBlur(big, (31, 31), 0)
+print(threads, len(os.listdir("/proc/self/task")), cv2.getNumThreads())
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads as Linux does")
+def test_opencv_has_no_threads_that_a_forked_worker_would_wait_for():
+    command = [sys.executable, "-c", THREADS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    before, after, used = map(int, done.stdout.split())
+    assert (after, used) == (before, 1)

@@ -57,6 +57,7 @@ def plot_shares(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
     found = {loss: shares for loss, shares in found.items() if shares is not None}
     if not found:
         return False
+    last = max(2, *(epochs.max() for epochs, _ in found.values()))  # one axis for all panels
     across = min(3, len(found))
     down = -(-len(found) // across)
     figure = Figure(figsize=(3.2 * across + 0.6, 2.5 * down + 1), layout="constrained")
@@ -64,7 +65,7 @@ def plot_shares(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
     for axes, (loss, (epochs, shares)) in zip(panels, found.items(), strict=False):
         bands = axes.stackplot(epochs, shares, colors=GROUPS.values())
         axes.set_title(plain(loss), fontsize=10)
-        axes.set(xlim=(epochs.min(), max(epochs.max(), epochs.min() + 1)), ylim=(0, 1))
+        axes.set(xlim=(1, last), ylim=(0, 1))
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         finish(axes)
     for axes in panels[len(found) :]:

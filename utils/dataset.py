@@ -4,7 +4,6 @@ import math
 import signal
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -134,11 +133,9 @@ def collate(items: Sequence[Item]) -> Item:
 
 
 def init_worker(_worker_id: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: one OpenCV thread, as the workers fill the cores.
+    """For `DataLoader(worker_init_fn=...)`: a worker goes on loading until it is told to end.
 
-    Ctrl-C reaches all processes of a terminal: the main one decides, a worker goes on loading
-    until it is told to end.
+    Ctrl-C reaches all processes of a terminal: the main one decides.
     """
-    cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,6 +14,10 @@ from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
 
+# No thread pool in OpenCV: a loader's worker that is forked from a process with one hangs in its
+# first call, and the workers fill the cores by themselves.
+cv2.setNumThreads(0)
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # in lower case
 
 # EXIF orientations as steps from the stored pixels to the upright ones: first swap the axes

@@ -9,7 +9,7 @@ train: $(VENV)/installed
 	$(BIN)/python -m tools.train_sample
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -193,12 +193,18 @@ def test_a_box_of_quality_q_rests_where_its_objectness_is_q():
         ("balanced_bce", ConfSettings()),
         ("focal", ConfSettings(gain=10)),
         ("focal_pi", ConfSettings(normalizer="positives", prior_pi=0.01)),
-        ("quality_focal", ConfSettings(normalizer="positives", prior_pi=0.01, wants_iou=True)),
-        ("varifocal", ConfSettings(normalizer="positives", prior_pi=0.01, wants_iou=True)),
+        (
+            "quality_focal",
+            ConfSettings(gain=0.1, normalizer="positives", prior_pi=0.01, wants_iou=True),
+        ),
+        (
+            "varifocal",
+            ConfSettings(gain=0.1, normalizer="positives", prior_pi=0.01, wants_iou=True),
+        ),
         ("ghm", ConfSettings(wants_mask=True)),
         ("poly1", ConfSettings()),
-        ("poly1_focal", ConfSettings(normalizer="positives", prior_pi=0.01)),
-        ("asymmetric", ConfSettings(normalizer="positives")),
+        ("poly1_focal", ConfSettings(gain=0.1, normalizer="positives", prior_pi=0.01)),
+        ("asymmetric", ConfSettings(gain=0.1, normalizer="positives")),
         ("ohem", ConfSettings(gain=0.1, normalizer="positives", wants_mask=True)),
     ],
 )

@@ -22,7 +22,9 @@ class GHM(nn.Module):
     serve, this batch's where nothing is stored, and nothing changes.
     """
 
-    wants_mask = True
+    # Of the .1: the authors weigh their box term 10 beside it. With 1 the term began at 8 times
+    # BCE's, and the class term drowned: BCCD's white cells had the right name in 65% of the cases.
+    gain, wants_mask = 0.1, True
 
     def __init__(self, bins: int = 30, momentum: float = 0.75):
         super().__init__()

@@ -201,7 +201,7 @@ def test_a_box_of_quality_q_rests_where_its_objectness_is_q():
             "varifocal",
             ConfSettings(gain=0.1, normalizer="positives", prior_pi=0.01, wants_iou=True),
         ),
-        ("ghm", ConfSettings(wants_mask=True)),
+        ("ghm", ConfSettings(gain=0.1, wants_mask=True)),
         ("poly1", ConfSettings()),
         ("poly1_focal", ConfSettings(gain=0.1, normalizer="positives", prior_pi=0.01)),
         ("asymmetric", ConfSettings(gain=0.1, normalizer="positives")),

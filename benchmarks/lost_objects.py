@@ -1,25 +1,30 @@
-"""Where a detector loses its objects: no box on it, a low objectness, or the wrong class.
+"""Where a detector loses its objects, and what its hardest negatives are, before any threshold.
 
 python -m benchmarks.lost_objects --weights A/best.pt B/best.pt --data VOCdevkit/BCCD:test
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.ops import box_iou
 
 from engine.checkpoint import build_model, read_checkpoint
 from engine.distributed import select_device
 from engine.evaluator import forward_batches
+from losses.conf_cells import ConfCells
+from losses.yolo_loss import YOLOLoss
 from utils.decode import decode
 from utils.errors import run_script
 from utils.letterbox import image_to_letterbox
 from utils.voc import Sample, scan_split
 
 ON_IT = 0.5  # IoU from which a box lies on an object
+HARDEST = 0.01  # share of the negatives that is looked at
 
 
 @dataclass(frozen=True)
@@ -33,44 +38,73 @@ class Config:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     device = select_device(config.device)
-    print("Of the most objective box on each object (IoU >= .5), before NMS and any threshold:")
     for path in config.weights:
         checkpoint = read_checkpoint(path)
         names = checkpoint["class_names"]
         samples, _ = scan_split(config.data, names, classes_path=path)
-        found = judge(build_model(checkpoint, device), checkpoint, samples, device)
+        objects, negatives = look(checkpoint, samples, device)
         print(f"\n{path} ({checkpoint['conf_loss']})")
+        print("of the most objective box on each object, IoU >= .5:")
         print(f"{'class':16} objects  with a box  objectness  P(own class)  rightly named")
         for index, name in enumerate(names):
-            own = found[found[:, 0] == index, 1:]
+            own = objects[objects[:, 0] == index, 1:]
             if len(own):
                 shares = " ".join(f"{value:12.3f}" for value in own.mean(axis=0))
                 print(f"{name:16} {len(own):7}{shares}")
+        hard = negatives[np.argsort(-negatives[:, 0])[: max(1, round(HARDEST * len(negatives)))]]
+        print(
+            f"the hardest {HARDEST:.0%} of {len(negatives)} negatives: objectness "
+            f"{hard[:, 0].mean():.3f}, IoU with an object {hard[:, 1].mean():.3f} in the mean, "
+            f"{(hard[:, 1] >= 0.3).mean():.0%} with .3 or more; "
+            f"of all negatives {(negatives[:, 1] >= 0.3).mean():.1%}"
+        )
 
 
 @torch.no_grad()
-def judge(
-    model: nn.Module, checkpoint: dict, samples: list[Sample], device: torch.device
-) -> np.ndarray:
-    """(objects, 5): class, and of its box: is there one, objectness, own class, rightly named."""
-    input_hw = tuple(checkpoint["input_shape"])
-    rows = []
-    for batch, outputs, _ in forward_batches(model, samples, input_shape=input_hw, device=device):
-        decoded = decode(outputs, checkpoint["anchors"], input_hw, checkpoint["scale_xy"]).cpu()
-        for sample, cells in zip(batch, decoded, strict=True):
-            boxes_xyxy = torch.from_numpy(sample.boxes_xyxy).float()
-            on_input = image_to_letterbox(boxes_xyxy, sample.image_hw, input_hw)
-            overlaps = box_iou(on_input, cells[:, :4]) >= ON_IT
-            pairs = zip(overlaps, sample.class_ids.tolist(), strict=True)
-            rows += [[class_id, *best_box(cells[on], class_id)] for on, class_id in pairs]
-    return np.array(rows)
+def look(
+    checkpoint: Mapping[str, Any], samples: Sequence[Sample], device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Objects (n, 5): class, and of the box on it: is there one, objectness, own class, name.
+
+    Negatives (m, 2) that the training would count: objectness, best IoU with an object.
+    """
+    anchors, input_hw = checkpoint["anchors"], tuple(checkpoint["input_shape"])
+    model, loss = build_model(checkpoint, device), training_loss(checkpoint).to(device)
+    objects, negatives = [], []
+    batches = forward_batches(model, samples, input_shape=input_hw, device=device)
+    for batch, outputs, targets in batches:
+        decoded = decode(outputs, anchors, input_hw, checkpoint["scale_xy"]).cpu()
+        cells: ConfCells = loss(outputs, targets, cells=True)["cells"]
+        is_negative = (cells.counted & ~cells.positive).cpu()
+        for sample, boxes, negative in zip(batch, decoded, is_negative, strict=True):
+            truth_xyxy = torch.from_numpy(sample.boxes_xyxy).float()
+            truth_xyxy = image_to_letterbox(truth_xyxy, sample.image_hw, input_hw)
+            overlaps = box_iou(truth_xyxy, boxes[:, :4])
+            pairs = zip(overlaps >= ON_IT, sample.class_ids.tolist(), strict=True)
+            objects += [[class_id, *best_box(boxes[on], class_id)] for on, class_id in pairs]
+            nearest = overlaps.amax(0) if len(overlaps) else torch.zeros(len(boxes))
+            negatives.append(torch.stack((boxes[:, 4], nearest), dim=1)[negative])
+    return np.array(objects).reshape(-1, 5), torch.cat(negatives).numpy()
 
 
-def best_box(cells: Tensor, class_id: int) -> tuple[float, float, float, float]:
+def training_loss(checkpoint: Mapping[str, Any]) -> YOLOLoss:
+    """A loss that assigns and ignores as the checkpoint's training did, with plain BCE."""
+    config = checkpoint["config"]
+    knobs = ("assigner", "anchor_threshold", "ignore_threshold")
+    return YOLOLoss(
+        checkpoint["anchors"],
+        len(checkpoint["class_names"]),
+        tuple(checkpoint["input_shape"]),
+        scale_xy=checkpoint["scale_xy"],
+        **{name: config[name] for name in knobs},
+    )
+
+
+def best_box(boxes: Tensor, class_id: int) -> tuple[float, float, float, float]:
     """Of the (n, 5 + C) decoded boxes on an object, the one of highest objectness."""
-    if not len(cells):
+    if not len(boxes):
         return 0.0, 0.0, 0.0, 0.0
-    best = cells[cells[:, 4].argmax()]
+    best = boxes[boxes[:, 4].argmax()]
     right = float(best[5:].argmax() == class_id)
     return 1.0, float(best[4]), float(best[5 + class_id]), right
 

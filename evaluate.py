@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -71,17 +73,21 @@ def main() -> None:
     )
     fixed = evaluation.at_threshold(checkpoint["conf_threshold"])
     print(format_table(evaluation))
-    print(format_fixed(fixed))
+    print(format_fixed(fixed, checkpoint, config.data))
     print(f"{evaluation.pictures_per_second:.1f} pictures/s, reading included, on {device}")
     write_results(folder, evaluation, fixed, config)
     print(f"wrote evaluation.json, precision_recall.png and reliability.png to {folder}")
 
 
-def format_fixed(fixed: OperatingPoint) -> str:
-    """The honest line: a threshold of best F1 is chosen on the split, the checkpoint's is not."""
+def format_fixed(fixed: OperatingPoint, checkpoint: Mapping[str, Any], data: str) -> str:
+    """The honest line: this split's own best F1 is chosen on it, the checkpoint's elsewhere."""
+    chosen_on = checkpoint["config"].get("val", "")
+    origin = "chosen on this split" if chosen_on == data else f"chosen on {chosen_on}"
+    if not checkpoint["metrics"].get("f1"):
+        origin = "a stand-in: no evaluation had found an object yet"
     return (
-        f"F1 {fixed.f1:.4f} at the checkpoint's score >= {fixed.conf_threshold:.4f}: precision "
-        f"{fixed.precision:.4f}, recall {fixed.recall:.4f} (not chosen on this split)"
+        f"F1 {fixed.f1:.4f} at the checkpoint's score >= {fixed.conf_threshold:.4f} ({origin}): "
+        f"precision {fixed.precision:.4f}, recall {fixed.recall:.4f}"
     )
 
 

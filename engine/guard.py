@@ -36,6 +36,23 @@ class BatchNormRollback:
         self.flat.copy_(torch.where(finite, self.flat, self.saved))
 
 
+class StateRollback:
+    """The same for the state of a loss, such as GHM's histogram: a few small buffers."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.saved: dict[str, Tensor] = {}
+
+    def snapshot(self) -> None:
+        """Remember the state before a forward."""
+        self.saved = {name: value.clone() for name, value in self.module.state_dict().items()}
+
+    def restore_unless(self, finite: Tensor) -> None:
+        """Go back to the snapshot where `finite` (a bool scalar on the device) is false."""
+        for name, value in self.module.state_dict().items():
+            value.copy_(torch.where(finite, value, self.saved[name]))
+
+
 class NonFiniteGuard:
     """Counts skipped updates on the host and stops a training that only skips.
 

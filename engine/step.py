@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from engine.distributed import world_size
 from engine.figures import HostFigures
-from engine.guard import BatchNormRollback
+from engine.guard import BatchNormRollback, StateRollback
 from engine.optimizer import Ema
 
 
@@ -16,8 +16,9 @@ class TrainStep:
     """Forward, loss, backward, guard, clipping, optimizer and EMA for one batch.
 
     amp_dtype None means full precision; float16 brings a gradient scaler. clip_norm 0 clips
-    nothing. A batch with a non-finite loss or gradient changes neither weights, optimizer nor
-    BN statistics. `network` is what runs the forward: the model, or DDP around it.
+    nothing. A batch with a non-finite loss changes neither weights, optimizer, BN statistics nor
+    the loss's state; one with a non-finite gradient neither weights nor optimizer. `network` is
+    what runs the forward: the model, or DDP around it.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class TrainStep:
         self.optimizer, self.ema, self.device = optimizer, ema, device
         self.amp_dtype, self.clip_norm = amp_dtype, clip_norm
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-        self.rollback = BatchNormRollback(model)
+        self.rollbacks = (BatchNormRollback(model), StateRollback(loss))
         self.finite = torch.ones((), dtype=torch.bool, device=device)
 
     def __call__(
@@ -52,10 +53,12 @@ class TrainStep:
         group_size: over how many batches the gradient is accumulated; `update` at the last.
         cells: look at the confidence loss by groups of cells, too.
         """
-        self.rollback.snapshot()
+        for rollback in self.rollbacks:
+            rollback.snapshot()
         terms = self._backward(images, targets, group_size, cells=cells)
         finite = on_every_rank(terms["total"].detach().isfinite())
-        self.rollback.restore_unless(finite)
+        for rollback in self.rollbacks:
+            rollback.restore_unless(finite)
         self.finite = self.finite & finite
         norm = skipped = torch.zeros_like(terms["total"])
         if update:

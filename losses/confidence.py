@@ -42,7 +42,7 @@ class ConfSettings(NamedTuple):
     wants_mask: bool = False  # forward(logits, targets, mask), mask True where a cell is counted
 
     def __str__(self) -> str:
-        prior = "no prior of its own" if self.prior_pi is None else f"prior {self.prior_pi}"
+        prior = "the network's prior" if self.prior_pi is None else f"prior {self.prior_pi}"
         target = "IoU" if self.wants_iou else "1"
         return (
             f"gain {self.gain:g}, normalizer {self.normalizer}, {prior}, positives' target {target}"
@@ -54,7 +54,7 @@ def conf_loss(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
 
     def register(cls: type[nn.Module]) -> type[nn.Module]:
         known = CONF_LOSSES.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
+        if known is not None and _home(known) != _home(cls):
             raise UserError(
                 f"confidence loss {name!r} is taken by {known.__module__}.{known.__qualname__}. "
                 f"Give {cls.__qualname__} another name."
@@ -63,6 +63,12 @@ def conf_loss(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:
         return cls
 
     return register
+
+
+def _home(cls: type) -> tuple[str, str]:
+    """The file and the name of a class: the same for one that is run and also imported."""
+    module = sys.modules.get(cls.__module__)
+    return getattr(module, "__file__", None) or cls.__module__, cls.__qualname__
 
 
 def check_argument(name: str, value: Any, is_allowed: bool, allowed: str) -> None:
@@ -88,7 +94,7 @@ class Focal(nn.Module):
     alpha weights positives, 1 - alpha negatives; -1: no weighting; "auto": `MeasuredAlpha`.
     """
 
-    gain = 10.0  # keeps the term near BCE's size, as the original fork does
+    gain = 10.0  # the original fork's: at p = .5 the term is then of BCE's size
 
     def __init__(self, alpha: float | Literal["auto"] = 0.25, gamma: float = 2.0):
         super().__init__()

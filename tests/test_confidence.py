@@ -323,6 +323,9 @@ def test_registering_is_one_decorator_and_a_name_is_taken_once():
     assert conf_loss(OF_A_TEST)(Brier) is Brier  # its module may be imported again
     with pytest.raises(UserError, match=f"{OF_A_TEST!r} is taken"):
         conf_loss(OF_A_TEST)(nn.Identity)
+    namesake = type("Focal", (nn.Module,), {"__module__": __name__, "__qualname__": "Focal"})
+    with pytest.raises(UserError, match=r"'focal' is taken by losses\.confidence\.Focal"):
+        conf_loss("focal")(namesake)
 
 
 @pytest.mark.parametrize(

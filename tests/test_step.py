@@ -68,6 +68,7 @@ def test_a_non_finite_loss_changes_nothing_and_the_next_step_learns(bad):
     before = state_of(step)
     figures = read(step(*batch(bad)))
     assert (figures["finite"], figures["skipped"]) == (0, 1)
+    assert step.loss.calls == 1  # its state is as before the bad batch
     model_part = {k: v for k, v in before.items() if not k.startswith("ema.")}
     after = state_of(step)
     for key, value in model_part.items():

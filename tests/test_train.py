@@ -370,7 +370,7 @@ def test_every_knob_is_read():
 
 @pytest.mark.parametrize("conf_loss", ["bce", "ghm"])
 def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, conf_loss):
-    more = ["--conf_loss", conf_loss]
+    more = ["--conf_loss", conf_loss, "--log_period", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun.append("--nproc_per_node=2")
     done = subprocess.run(
@@ -383,4 +383,7 @@ def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, conf_loss):
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows] == ["2", "4", "6"]  # 8 pictures, 6 a step
+    for row in rows:  # of both ranks, each way
+        scales = [float(row[f"s{stride}_positives"]) for stride in (8, 16, 32)]
+        assert sum(scales) == pytest.approx(float(row["positives"]), rel=1e-4)
     assert done.stdout.count("run folder:") == 1

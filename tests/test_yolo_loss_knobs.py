@@ -226,6 +226,19 @@ class OwnParameter(nn.Module):
         return self.weight * torch.ones_like(targets)
 
 
+class Reduced(nn.Module):
+    """The usual slip: reduction left at its default."""
+
+    def forward(self, logits, targets):
+        return nn.functional.binary_cross_entropy_with_logits(logits, targets)
+
+
+def test_a_plug_that_reduces_is_told_how_not_to():
+    loss = make_loss(conf_loss="tests.test_yolo_loss_knobs:Reduced")
+    with pytest.raises(UserError, match=r'Reduced returns shape \(\) .* reduction="none"'):
+        loss(make_outputs(), make_targets())
+
+
 def test_a_plug_that_ignores_the_logits_has_no_gradient_to_share_but_works():
     loss = make_loss(conf_loss="tests.test_yolo_loss_knobs:OwnParameter")
     for requires_grad in (False, True):

@@ -13,7 +13,12 @@ from engine.console import describe, how_to_go_on, how_to_use
 from engine.distributed import broadcast_object, is_main, process_group, select_device
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
-from engine.resume import check_same_data, folder_of_resumed, parse_config
+from engine.resume import (
+    check_same_data,
+    check_same_settings,
+    folder_of_resumed,
+    parse_config,
+)
 from engine.runlog import RunLog, new_run_folder
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
@@ -90,7 +95,7 @@ class Config:
     num_workers: int = 4  # processes that load pictures; 0 loads in this one
     seed: int = 0  # of weights, order and augmentation
     deterministic: bool = False  # the same numbers every time, slower on a GPU
-    log_period: int = 10  # steps between TensorBoard points, each with a look at the cells
+    log_period: int = 10  # steps between looks at the cells; the first of an epoch has one too
     eval_period: int = 5  # epochs between average precisions
     save_period: int = 1  # epochs between last.pt, which is also written every five minutes
     save_dir: str = ""  # the run's folder, empty or new; "" makes logs/<time>
@@ -120,6 +125,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     check_same_data(class_names, config.classes_path, anchors, resume)
     seed_everything(config.seed, deterministic=config.deterministic)
     loss = build_loss(config, anchors, len(class_names)).to(device)
+    check_same_settings(loss.conf_settings._asdict(), resume)
     seed_everything(config.seed, deterministic=config.deterministic)  # the weights: for any loss
     model = build_model(config, class_names, loss.prior_pi, resume).to(
         device, memory_format=torch.channels_last
@@ -130,13 +136,13 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         read_data(config, class_names, folder) if is_main() else None
     )
     train_set = training_set(config, train_samples)
-    facts = checkpoint_facts(config, class_names, anchors)
+    facts = checkpoint_facts(config, class_names, anchors, loss)
     if is_main():
         print(describe(model, loss, recipe, facts=facts, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
         print(f"all {config.epochs} epochs are done; --epochs gives more, the schedule follows")
-    run_log = RunLog(folder, dataclasses.asdict(config), last_epoch) if is_main() else nullcontext()
+    run_log = RunLog(folder, facts["config"], last_epoch) if is_main() else nullcontext()
     with run_log as log:
         trainer = Trainer(
             model=model,
@@ -311,8 +317,13 @@ def training_set(config: Config, samples: list[Sample]) -> VocDataset:
     )
 
 
-def checkpoint_facts(config: Config, class_names: tuple[str, ...], anchors: Any) -> dict[str, Any]:
-    """What every checkpoint says of its network, so that nothing else is needed to use it."""
+def checkpoint_facts(
+    config: Config, class_names: tuple[str, ...], anchors: Any, loss: YOLOLoss
+) -> dict[str, Any]:
+    """What every checkpoint says of its network, so that nothing else is needed to use it.
+
+    Its config says, too, what the confidence loss declared: a later version may declare otherwise.
+    """
     return {
         "class_names": list(class_names),
         "anchors": [list(anchor) for anchor in anchors],
@@ -321,7 +332,7 @@ def checkpoint_facts(config: Config, class_names: tuple[str, ...], anchors: Any)
         "depth": config.depth,
         "scale_xy": list(config.scale_xy),
         "conf_loss": conf_loss_spec(config),
-        "config": dataclasses.asdict(config),
+        "config": {**dataclasses.asdict(config), "conf_settings": loss.conf_settings._asdict()},
     }
 
 

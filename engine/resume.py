@@ -100,6 +100,18 @@ def check_same_data(
         )
 
 
+def check_same_settings(settings: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> None:
+    """A run that goes on keeps what its confidence loss declares: gain, normalizer and so on."""
+    old = None if checkpoint is None else checkpoint["config"].get("conf_settings")
+    changed = [name for name, value in settings.items() if old and old[name] != value]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"this run's confidence loss was begun with {name} {old[name]!r}, now it declares "
+            f"{settings[name]!r}. Bring the old value back, or start a new run."
+        )
+
+
 def folder_of_resumed(checkpoint_path: Path, save_dir: str) -> Path:
     """The checkpoint's folder, or `save_dir`, which then takes metrics.csv and best.pt along."""
     old = checkpoint_path.parent

@@ -170,7 +170,7 @@ class Trainer:
         first = self.epoch_step - self.epoch_step % self.recipe.accumulate
         group_size = min(self.recipe.accumulate, steps - first)
         update = self.epoch_step + 1 == first + group_size
-        cells = self.global_step % self.recipe.log_period == 0
+        cells = self.global_step % self.recipe.log_period == 0 or self.epoch_step == 0
         figures = self.step(images, targets, group_size=group_size, update=update, cells=cells)
         self.epoch_step += 1
         self.global_step += 1

@@ -8,6 +8,7 @@ of ConfSettings; the first three are also keys of every spec: "focal(gamma=1, ga
 """
 
 import ast
+import copy
 import difflib
 import importlib
 import inspect
@@ -15,9 +16,11 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -156,11 +159,49 @@ def build_conf_loss(spec: str) -> nn.Module:
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in values]
     if missing:
         raise UserError(f"confidence loss {spec!r} needs {', '.join(missing)}. Write {usage}.")
-    loss = cls(**values)
+    loss = _construct(cls, values, usage)
     for key, value in settings.items():
         setattr(loss, key, value)
-    conf_settings(loss)
+    _check_contract(loss, name)
     return loss
+
+
+def _construct(cls: type[nn.Module], values: dict[str, Any], usage: str) -> nn.Module:
+    try:
+        return cls(**values)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"confidence loss {usage} cannot be made: {_said(error)}") from error
+
+
+def _check_contract(loss: nn.Module, name: str) -> None:
+    """Call a copy once: a loss that reduces would train without a word, and badly."""
+    settings = conf_settings(loss)
+    targets = torch.tensor([[0.0, 1.0, 0.5], [0.0, 0.0, 0.0]])
+    given, logits = targets.clone(), torch.linspace(-2, 2, 6).view(2, 3).requires_grad_()
+    mask = (torch.ones_like(targets, dtype=torch.bool),) if settings.wants_mask else ()
+    takes = "logits, targets, mask" if mask else "logits, targets"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            losses = copy.deepcopy(loss)(logits, given, *mask)
+    except Exception as error:
+        raise UserError(f"confidence loss {name}: forward({takes}) {_said(error)}") from error
+    if not isinstance(losses, Tensor) or losses.shape != logits.shape:
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+        raise UserError(
+            f"confidence loss {name} returns {found} for logits of shape {tuple(logits.shape)}. "
+            'Return one loss a cell: reduction="none", no mean() or sum().'
+        )
+    if not torch.equal(given, targets):
+        raise UserError(f"confidence loss {name} changes its targets; work on a copy of them.")
+
+
+def _said(error: Exception) -> str:
+    """An error of a user's own code, and the line that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"raised {type(error).__name__}: {error}{where}."
 
 
 def _parse_arguments(spec: str, arguments: str, usage: str) -> dict[str, Any]:
@@ -176,7 +217,7 @@ def _parse_arguments(spec: str, arguments: str, usage: str) -> dict[str, Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(
             f"confidence loss {spec!r} cannot be read. Write {usage}, values as plain numbers, "
-            f"strings, True, False or None. {ALSO}"
+            f'strings in quotes (alpha="auto"), True, False or None. {ALSO}'
         ) from None
 
 
@@ -227,12 +268,19 @@ def _import_class(module: str, name: str) -> type[nn.Module]:
     except (ImportError, SyntaxError) as error:
         raise UserError(
             f"conf_loss {module}:{name}: cannot import {module!r} ({error}). It is searched in "
-            f"{directory} and Python's path."
+            f"{directory} and Python's path, and is written without .py."
         ) from error
+    except Exception as error:
+        raise UserError(f"conf_loss {module}:{name}: {module} {_said(error)}") from error
     finally:
         sys.path.remove(directory)
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UserError(f"conf_loss {module}:{name}: {module} has no nn.Module named {name!r}.")
+        file = vars(sys.modules[module])
+        own = [key for key, value in file.items() if getattr(value, "__module__", "") == module]
+        raise UserError(
+            f"conf_loss {module}:{name}: {module} has no nn.Module named {name!r}. It has "
+            f"{', '.join(own) or 'nothing of its own'}."
+        )
     return cls
 
 

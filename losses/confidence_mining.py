@@ -29,7 +29,8 @@ class GHM(nn.Module):
 
     def __init__(self, bins: int = 30, momentum: float = 0.75):
         super().__init__()
-        check_argument("bins", bins, isinstance(bins, int) and bins >= 1, "a whole number from 1")
+        allowed = isinstance(bins, int) and 1 <= bins <= 1000
+        check_argument("bins", bins, allowed, "a whole number from 1 to 1000")
         check_argument("momentum", momentum, 0 <= momentum < 1, "0 (this batch) or more, below 1")
         self.bins, self.momentum = bins, momentum
         self.register_buffer("shares", torch.zeros(bins, dtype=torch.float64))

@@ -225,14 +225,7 @@ class YOLOLoss(nn.Module):
 
     def _conf_losses(self, objectness: Tensor, target: Tensor, counted: Tensor) -> Tensor:
         mask = (counted,) if self.conf_settings.wants_mask else ()
-        losses = self.conf_loss(objectness, target, *mask)
-        if losses.shape != objectness.shape:  # a mean would be broadcast, and look right
-            raise UserError(
-                f"confidence loss {type(self.conf_loss).__name__} returns shape "
-                f"{tuple(losses.shape)} for {tuple(objectness.shape)} cells. Return one loss a "
-                'cell: reduction="none", no mean() or sum().'
-            )
-        return losses
+        return self.conf_loss(objectness, target, *mask)
 
     def _conf_weights(self, denominators: Denominators) -> Tensor:
         """(3,) what a cell's loss is multiplied by, with the normalizer that the loss declares."""

@@ -50,6 +50,9 @@ class Steps(nn.Module):
         super().__init__()
         self.kind, self.steps, self.gain_of_its_own = kind, steps, gain
 
+    def forward(self, logits, targets):
+        return logits - targets
+
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():

@@ -6,6 +6,7 @@ import pytest
 from engine.resume import (
     check_resumed,
     check_same_data,
+    check_same_settings,
     default_for_resume,
     folder_of_resumed,
     stored_config,
@@ -60,3 +61,11 @@ def test_metrics_and_best_move_along_to_another_folder(tmp_path):
     new = folder_of_resumed(last, str(tmp_path / "new"))
     assert (new / "metrics.csv").read_text() == "epoch\n1\n"
     assert (new / "best.pt").read_bytes() == b"weights"
+
+
+def test_a_loss_that_declares_otherwise_now_does_not_go_on():
+    checkpoint = {"config": {"conf_settings": {"gain": 1.0, "normalizer": "mean"}}}
+    check_same_settings({"gain": 1.0, "normalizer": "mean"}, checkpoint)
+    check_same_settings({"gain": 0.1, "normalizer": "mean"}, None)
+    with pytest.raises(UserError, match=r"begun with gain 1\.0, now it declares 0\.1"):
+        check_same_settings({"gain": 0.1, "normalizer": "mean"}, checkpoint)

@@ -234,9 +234,8 @@ class Reduced(nn.Module):
 
 
 def test_a_plug_that_reduces_is_told_how_not_to():
-    loss = make_loss(conf_loss="tests.test_yolo_loss_knobs:Reduced")
     with pytest.raises(UserError, match=r'Reduced returns shape \(\) .* reduction="none"'):
-        loss(make_outputs(), make_targets())
+        make_loss(conf_loss="tests.test_yolo_loss_knobs:Reduced")
 
 
 def test_a_plug_that_ignores_the_logits_has_no_gradient_to_share_but_works():

@@ -131,7 +131,9 @@ def report(save_dir: Path) -> None:
 
 
 def project_version() -> str:
-    """This project's commit as git describes it, "" where there is none."""
+    """This project's commit as git describes it, "" for a copy that is no repository of its own."""
+    if not (ROOT / ".git").exists():  # git would answer for a repository around it
+        return ""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -152,7 +152,9 @@ def join_plans(old: Plan, new: Plan, save_dir: Path) -> Plan:
         seeds=(*old.seeds, *(seed for seed in new.seeds if seed not in old.seeds)),
     )
     check_distinct(joined)
-    return joined
+    if new.version in old.version.split(" and "):
+        return joined
+    return replace(joined, version=f"{old.version} and {new.version}")
 
 
 def _typed(name: str, flags: Mapping[str, Sequence[str]]) -> str:

@@ -14,8 +14,9 @@ import torch
 import train
 from engine.randomness import seed_everything
 from losses.confidence import CONF_LOSSES
+from tests.test_compare_plan import plan
 from tools.compare_losses import Config, carry_out, check_inputs, main, plan_of, whole_plan
-from tools.compare_plan import Plan, slug, write_plan
+from tools.compare_plan import slug, write_plan
 from utils.decode import read_anchors
 from utils.errors import UserError
 
@@ -42,11 +43,6 @@ class Deadly(nn.Module):
             os.kill(os.getpid(), signal.SIGKILL)
         return self.scale * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 """
-
-
-def plan(losses=("bce", "focal"), seeds=(0, 1), **flags):
-    typed = {"train": ["R:train"], "val": ["R:val"], "epochs": ["3"], **flags}
-    return Plan(losses=tuple(losses), seeds=tuple(seeds), test="R:test", flags=typed)
 
 
 def test_a_plan_of_which_no_run_has_begun_may_change(tmp_path, capsys):

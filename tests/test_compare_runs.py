@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from tools.compare_plan import Plan, Run
+from tests.test_compare_plan import plan
+from tools.compare_plan import Run
 from tools.compare_runs import (
     LOG_LINES,
     Child,
@@ -19,11 +20,6 @@ from tools.compare_runs import (
 from utils.errors import UserError
 
 MINE = "my_losses:Mine(scale=1)"
-
-
-def plan(losses=("bce", "focal"), seeds=(0, 1), **flags):
-    typed = {"train": ["R:train"], "val": ["R:val"], "epochs": ["3"], **flags}
-    return Plan(losses=tuple(losses), seeds=tuple(seeds), test="R:test", flags=typed)
 
 
 def test_a_run_begins_anew_unless_it_can_go_on(tmp_path):

@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from engine.predictor import Predictor
+from losses.conf_cells import HARD_OBJECTNESS
 from tools.compare_plan import read_json
 from tools.compare_results import Result
 from utils.draw import draw_boxes
 from utils.image import read_image
-from utils.plots import column, plot_cumulative_loss
+from utils.plots import clean, column, plot_cumulative_loss
 from utils.voc import Sample
 
 DPI = 110
@@ -70,7 +71,7 @@ def plot_shares(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
         finish(axes)
     for axes in panels[len(found) :]:
         axes.set_axis_off()
-    names = ("positives", "hard negatives (objectness > 0.1)", "easy negatives")
+    names = ("positives", f"hard negatives (objectness > {HARD_OBJECTNESS})", "easy negatives")
     figure.legend(bands, names, loc="outside lower center", ncols=across, frameon=False)
     figure.savefig(path, dpi=DPI)
     return True
@@ -160,8 +161,7 @@ def small(image: np.ndarray) -> tuple[np.ndarray, float]:
 def finish(axes: Axes) -> None:
     """Whole epochs, a light grid, no box around."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(visible=True, alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
 
 
 def plain(text: str) -> str:

@@ -96,7 +96,7 @@ def plot_precision_recall(
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title="AP", frameon=False)
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1.01), ylim=(0, 1.02))
     axes.set_title(f"Precision and recall at IoU {iou:g}" if ranked else "No object to recall")
-    _clean(axes)
+    clean(axes)
     figure.savefig(path, dpi=DPI)
 
 
@@ -125,7 +125,7 @@ def plot_reliability(
     below.bar(edges, count, **bar)
     for panel in (axes, below):
         _mark_scores(panel, thresholds or {})
-        _clean(panel)
+        clean(panel)
     counted = f"{int(count.sum())} boxes of score >= {CALIBRATION_FLOOR:g}"
     error = f"Expected calibration error {ece:.3f}, " if count.any() else ""
     axes.set(title=error + counted, ylabel="precision", ylim=(0, 1.02))
@@ -213,7 +213,7 @@ def _cumulative_panel(
     axes.set(title=f"{group.capitalize()}s", ylim=(0, 1.02), xlim=(0, ticks[-1]))
     axes.set(xlabel=f"{group}s, from easy to hard", ylabel="share of their loss up to there")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _clean(axes)
+    clean(axes)
 
 
 def _mark_scores(axes: Axes, thresholds: Mapping[str, float]) -> None:
@@ -261,9 +261,10 @@ def _finish(
     else:
         axes.text(0.5, 0.5, "nothing measured yet", ha="center", transform=axes.transAxes)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    _clean(axes)
+    clean(axes)
 
 
-def _clean(axes: Axes) -> None:
+def clean(axes: Axes) -> None:
+    """A light grid, and no box around."""
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

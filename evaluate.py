@@ -1,4 +1,8 @@
-"""Average precision of a trained detector: python evaluate.py --weights logs/RUN/best.pt"""
+"""Average precision of a trained detector: python evaluate.py --weights logs/RUN/best.pt
+
+For weights of darknet or the original fork: --weights F --classes_path NAMES --cfg CFG, or without
+a .cfg --anchors_path and --input_shape. What is still missing is said.
+"""
 
 import dataclasses
 import json
@@ -9,11 +13,12 @@ from typing import Any
 
 import tyro
 
-from engine.checkpoint import build_model, read_checkpoint
+from engine.checkpoint import build_model
 from engine.distributed import select_device
 from engine.evaluator import evaluate
+from engine.foreign import file_facts, read_network
 from engine.scoring import Evaluation, format_table
-from utils.calibration import OperatingPoint
+from utils.calibration import OperatingPoint, is_measured
 from utils.errors import UserError, run_script
 from utils.plots import plot_precision_recall, plot_reliability
 from utils.voc import scan_split
@@ -22,7 +27,7 @@ from utils.voc import scan_split
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Edit here. Every line is also a flag; its comment is the flag's help.
-    weights: str = ""  # best.pt or last.pt of a run
+    weights: str = ""  # best.pt or last.pt of a run, or darknet's .weights, or the fork's .pth
     data: str = "VOCdevkit/VOC2007:test"  # split to evaluate on, ROOT:SPLIT, several joined by +
     save_dir: str = ""  # folder for the results; empty: logs/evaluate-<time>
     device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
@@ -31,12 +36,23 @@ class Config:
     skip_bad: bool = False  # go on without broken pictures and annotations
     include_difficult: bool = False  # count `difficult` objects; VOC leaves them out
 
+    # For darknet's .weights and the original fork's .pth, which do not say these themselves
+    classes_path: str = ""  # for .weights, .pth: class names, one a line
+    anchors_path: str = ""  # for .weights, .pth: nine anchors, w,h in pixels of the input
+    input_shape: tuple[int, int] | None = None  # for .weights, .pth: height, width of the input
+    # for .weights, .pth: reach of centres; None: .weights 1.2 1.1 1.05, .pth 1 1 1
+    scale_xy: tuple[float, float, float] | None = None
+    cfg: str = ""  # for .weights, .pth: a .cfg instead of anchors_path, input_shape, scale_xy
+    width: float | None = None  # for .weights, .pth: channels against YOLOv4's; None: 1
+    depth: float | None = None  # for .weights, .pth: residual blocks against YOLOv4's; None: 1
+
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     if not config.weights:
         raise UserError(
-            "No weights given. Use --weights logs/RUN/best.pt, a file of your training."
+            "No weights given. Use --weights logs/RUN/best.pt, a file of your training, or "
+            "weights of darknet or the original fork."
         )
     if config.batch_size < 1 or config.num_workers < 0:
         raise UserError(
@@ -44,7 +60,7 @@ def main() -> None:
             "1 and 0."
         )
     device = select_device(config.device)
-    checkpoint = read_checkpoint(config.weights)
+    checkpoint = read_network(config.weights, file_facts(config))
     model = build_model(checkpoint, device)
     folder = Path(config.save_dir or time.strftime("logs/evaluate-%Y%m%d-%H%M%S"))
 
@@ -54,7 +70,7 @@ def main() -> None:
         skip_bad=config.skip_bad,
         include_difficult=config.include_difficult,
         split_dir=folder,
-        classes_path=config.weights,
+        classes_path=config.classes_path or config.weights,
         progress=True,
     )
     print(report)
@@ -83,8 +99,8 @@ def format_fixed(fixed: OperatingPoint, checkpoint: Mapping[str, Any], data: str
     """The honest line: this split's own best F1 is chosen on it, the checkpoint's elsewhere."""
     chosen_on = checkpoint["config"].get("val", "")
     origin = "chosen on this split" if chosen_on == data else f"chosen on {chosen_on}"
-    if not checkpoint["metrics"].get("f1"):
-        origin = "a stand-in: no evaluation had found an object yet"
+    if not is_measured(checkpoint["metrics"]):
+        origin = "a stand-in: no evaluation has measured a better one"
     return (
         f"F1 {fixed.f1:.4f} at the checkpoint's score >= {fixed.conf_threshold:.4f} ({origin}): "
         f"precision {fixed.precision:.4f}, recall {fixed.recall:.4f}"

@@ -1,4 +1,8 @@
-"""Find objects in pictures and videos: python predict.py --weights logs/RUN/best.pt --source S"""
+"""Find objects in pictures and videos: python predict.py --weights logs/RUN/best.pt --source S
+
+For weights of darknet or the original fork: --weights F --classes_path NAMES --cfg CFG, or without
+a .cfg --anchors_path and --input_shape. What is still missing is said.
+"""
 
 import dataclasses
 import json
@@ -14,6 +18,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from engine.foreign import file_facts
 from engine.predictor import Detections, Predictor
 from utils.draw import draw_detections
 from utils.errors import UserError, run_script
@@ -26,7 +31,7 @@ RECORDS = "detections.jsonl"
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Edit here. Every line is also a flag; its comment is the flag's help.
-    weights: str = ""  # best.pt or last.pt of a run
+    weights: str = ""  # best.pt or last.pt of a run, or darknet's .weights, or the fork's .pth
     source: str = ""  # a picture, a video file, or a folder of both
     save_dir: str = ""  # folder for the results; empty: logs/predict-<time>
     conf_threshold: float | None = None  # lowest score shown; None: the checkpoint's, of best F1
@@ -35,12 +40,23 @@ class Config:
     device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
     batch_size: int = 8  # pictures or frames at a time; halve it on "out of memory"
 
+    # For darknet's .weights and the original fork's .pth, which do not say these themselves
+    classes_path: str = ""  # for .weights, .pth: class names, one a line
+    anchors_path: str = ""  # for .weights, .pth: nine anchors, w,h in pixels of the input
+    input_shape: tuple[int, int] | None = None  # for .weights, .pth: height, width of the input
+    # for .weights, .pth: reach of centres; None: .weights 1.2 1.1 1.05, .pth 1 1 1
+    scale_xy: tuple[float, float, float] | None = None
+    cfg: str = ""  # for .weights, .pth: a .cfg instead of anchors_path, input_shape, scale_xy
+    width: float | None = None  # for .weights, .pth: channels against YOLOv4's; None: 1
+    depth: float | None = None  # for .weights, .pth: residual blocks against YOLOv4's; None: 1
+
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     if not config.weights:
         raise UserError(
-            "No weights given. Use --weights logs/RUN/best.pt, a file of your training."
+            "No weights given. Use --weights logs/RUN/best.pt, a file of your training, or "
+            "weights of darknet or the original fork."
         )
     if config.batch_size < 1:
         raise UserError(f"--batch_size is {config.batch_size}: give 1 or more.")
@@ -51,6 +67,7 @@ def main() -> None:
         conf_threshold=config.conf_threshold,
         nms_iou=config.nms_iou,
         class_thresholds=config.class_thresholds,
+        facts=file_facts(config),
     )
     folder = results_folder(config.save_dir, config.source)
 
@@ -58,6 +75,11 @@ def main() -> None:
     with Results(folder, [*pictures, *videos]) as results:
         if left_out:
             results.notes.append(left_out)
+        if predictor.stand_in:
+            results.notes.append(
+                f"score >= {predictor.conf_threshold:.4g} is a stand-in: no evaluation has "
+                "measured a better one for these weights. --conf_threshold gives another score"
+            )
         predict_pictures(pictures, predictor, results, config.batch_size)
         for path in videos:
             predict_video(path, predictor, results, config.batch_size)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.console import describe, how_to_go_on, how_to_use
 from engine.distributed import broadcast_object, is_main, process_group, select_device
@@ -20,10 +19,9 @@ from engine.resume import (
     parse_config,
 )
 from engine.runlog import RunLog, new_run_folder
+from engine.start import build_network, choose_scale_xy, other_decode, set_prior
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
-from nets.weights import load_weights
-from nets.yolo import YoloV4
 from utils.augment import Augmentation
 from utils.dataset import VocDataset
 from utils.decode import read_anchors
@@ -45,18 +43,19 @@ class Config:
     cache_gb: float = 2.0  # as many of them as fit into this
 
     # Network
-    weights: str = ""  # start from this checkpoint; "" starts from scratch
+    weights: str = ""  # start from a checkpoint, darknet's .weights or the fork's .pth; "": scratch
+    weights_classes: str = ""  # class names of --weights where the file does not hold them
     width: float = 1.0  # channels against YOLOv4's
     depth: float = 1.0  # residual blocks against YOLOv4's
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels; multiples of 32
-    scale_xy: tuple[float, float, float] = (1.2, 1.1, 1.05)  # reach of centres, strides 8, 16, 32
+    scale_xy: tuple[float, float, float] | None = None  # reach of centres; None: that of --weights
 
     # Loss
     focal_loss: bool = False  # weight the confidence BCE by difficulty
     focal_alpha: float = 0.25  # weight of positives, 1 - alpha for negatives; with --focal_loss
     focal_gamma: float = 2.0  # how fast easy cells fade; with --focal_loss
     conf_loss: str = ""  # another confidence loss: name(key=value) or my_file:Class
-    cls_loss: str = "bce"  # class term: bce or focal
+    cls_loss: str = "bce"  # class term: bce, focal(gamma=1) or another that looks at one cell
     box_loss: str = "ciou"  # iou, giou, diou, ciou, siou or eiou
     label_smoothing: float = 0.0  # class targets y (1 - e) + e / 2
     assigner: str = "best_anchor"  # best_anchor, or iou_threshold for more positives a box
@@ -124,20 +123,30 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     anchors = read_anchors(config.anchors_path)
     check_same_data(class_names, config.classes_path, anchors, resume)
     seed_everything(config.seed, deterministic=config.deterministic)
-    loss = build_loss(config, anchors, len(class_names)).to(device)
-    check_same_settings(loss.conf_settings._asdict(), resume)
-    seed_everything(config.seed, deterministic=config.deterministic)  # the weights: for any loss
-    model = build_model(config, class_names, loss.prior_pi, resume).to(
-        device, memory_format=torch.channels_last
+    model, report = build_network(
+        class_names,
+        width=config.width,
+        depth=config.depth,
+        weights="" if resume else config.weights,
+        weights_classes="" if resume else config.weights_classes,
     )
+    scale_xy = choose_scale_xy(config.scale_xy, report, resume)
+    seed_everything(config.seed, deterministic=config.deterministic)  # a loss draws after any model
+    loss = build_loss(config, anchors, len(class_names), scale_xy).to(device)
+    check_same_settings(loss.conf_settings._asdict(), resume)
+    if resume is None:
+        set_prior(model, loss.prior_pi, report)
+    model = model.to(device, memory_format=torch.channels_last)
     recipe = make_recipe(config, device)
     folder = broadcast_object(run_folder(config) if is_main() else None)
     train_samples, val_samples = broadcast_object(
         read_data(config, class_names, folder) if is_main() else None
     )
     train_set = training_set(config, train_samples)
-    facts = checkpoint_facts(config, class_names, anchors, loss)
+    facts = checkpoint_facts(config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss)
     if is_main():
+        for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
+            print(f"note: {note}")
         print(describe(model, loss, recipe, facts=facts, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
@@ -219,7 +228,9 @@ def read_data(
     return found[0], found[1]
 
 
-def build_loss(config: Config, anchors: Any, num_classes: int) -> YOLOLoss:
+def build_loss(
+    config: Config, anchors: Any, num_classes: int, scale_xy: tuple[float, ...]
+) -> YOLOLoss:
     """The loss that the constants describe."""
     return YOLOLoss(
         anchors,
@@ -235,7 +246,7 @@ def build_loss(config: Config, anchors: Any, num_classes: int) -> YOLOLoss:
         assigner=config.assigner,
         anchor_threshold=config.anchor_threshold,
         ignore_threshold=config.ignore_threshold,
-        scale_xy=config.scale_xy,
+        scale_xy=scale_xy,
         balance=config.balance,
     )
 
@@ -244,26 +255,6 @@ def conf_loss_spec(config: Config) -> str:
     """The confidence loss in full, as --conf_loss takes it."""
     focal = f"focal(alpha={config.focal_alpha}, gamma={config.focal_gamma})"
     return config.conf_loss or (focal if config.focal_loss else "bce")
-
-
-def build_model(
-    config: Config, class_names: tuple[str, ...], prior_pi: float | None, resume: dict | None
-) -> nn.Module:
-    """The network, from scratch or from a checkpoint; heads that are new get the loss's prior."""
-    model = YoloV4(len(class_names), width=config.width, depth=config.depth)
-    heads_loaded = resume is not None
-    if config.weights and resume is None:
-        report = load_weights(model, config.weights, class_names=class_names)
-        heads_loaded = report.heads_loaded
-        if is_main():
-            print(report)
-    if prior_pi is not None and resume is None:
-        if not heads_loaded:
-            model.set_objectness_prior(prior_pi)
-        if is_main():
-            done = "kept as loaded" if heads_loaded else f"set to {prior_pi}"
-            print(f"objectness prior of the heads: {done} (the loss declares {prior_pi})")
-    return model
 
 
 def make_recipe(config: Config, device: torch.device) -> Recipe:
@@ -318,7 +309,12 @@ def training_set(config: Config, samples: list[Sample]) -> VocDataset:
 
 
 def checkpoint_facts(
-    config: Config, class_names: tuple[str, ...], anchors: Any, loss: YOLOLoss
+    config: Config,
+    class_names: tuple[str, ...],
+    *,
+    anchors: Any,
+    scale_xy: tuple[float, ...],
+    loss: YOLOLoss,
 ) -> dict[str, Any]:
     """What every checkpoint says of its network, so that nothing else is needed to use it.
 
@@ -330,7 +326,7 @@ def checkpoint_facts(
         "input_shape": list(config.input_shape),
         "width": config.width,
         "depth": config.depth,
-        "scale_xy": list(config.scale_xy),
+        "scale_xy": list(scale_xy),
         "conf_loss": conf_loss_spec(config),
         "config": {**dataclasses.asdict(config), "conf_settings": loss.conf_settings._asdict()},
     }

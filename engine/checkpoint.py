@@ -1,6 +1,5 @@
 """Checkpoints: files of tensors and plain types, replaced in a way that survives a crash."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from nets.weights import FORMAT_VERSION, from_checkpoint, read_torch_file
 from nets.yolo import YoloV4
 from utils.errors import UserError
+from utils.files import replacing
 
 REQUIRED_KEYS = (
     *("model", "class_names", "anchors", "input_shape", "width", "depth", "scale_xy"),
@@ -19,19 +19,9 @@ RESUME_KEYS = ("raw_model", "ema", "optimizer", "scaler", "schedule", "loss", "r
 
 
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write a checkpoint to a temporary name, flush it to disk, then rename it over `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a crash left is written over
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write the checkpoint ({error}).") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a checkpoint in one go: a crash leaves the old file or the new one."""
+    with replacing(path) as file:
+        torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
 
 
 def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, Any]:
@@ -54,9 +44,11 @@ def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, 
 
 def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> YoloV4:
     """The checkpoint's network with its weights, in eval mode on `device`, channels_last."""
-    model = YoloV4(
-        len(checkpoint["class_names"]), width=checkpoint["width"], depth=checkpoint["depth"]
-    )
+    with torch.device("meta"):  # no random weights, which would only be replaced
+        model = YoloV4(
+            len(checkpoint["class_names"]), width=checkpoint["width"], depth=checkpoint["depth"]
+        )
+    model.to_empty(device="cpu")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:

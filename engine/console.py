@@ -31,6 +31,7 @@ def describe(
     network = f"YOLOv4, width {facts['width']}, depth {facts['depth']}, {parameters:,} parameters"
     lines = [
         f"network: {network}",
+        f"decode: scale_xy {' '.join(map(str, facts['scale_xy']))} at strides 8, 16, 32",
         f"device: {world_size()} x {name}, {precision}",
         f"confidence loss: {facts['conf_loss']} ({loss.conf_settings})",
         f"{recipe}",
@@ -40,9 +41,17 @@ def describe(
 
 
 def how_to_go_on(folder: Path, conf_loss: str) -> str:
-    """The command that resumes; a loss of the user's own is run only when named again."""
+    """What is said after Ctrl-C."""
+    return f"stopped; go on with:\n  {resume_command(folder, conf_loss)}"
+
+
+def resume_command(run: str | Path, conf_loss: str) -> str:
+    """The command that resumes; a loss of the user's own is run only when named again.
+
+    run: its folder or last.pt.
+    """
     own = f" --conf_loss {shlex.quote(conf_loss)}" if ":" in conf_loss else ""
-    return f"stopped; go on with:\n  python train.py --resume {shlex.quote(str(folder))}{own}"
+    return f"python train.py --resume {shlex.quote(str(run))}{own}"
 
 
 def how_to_use(folder: Path, val: str) -> str:

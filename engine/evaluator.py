@@ -37,32 +37,22 @@ def evaluate(
     input_shape: tuple[int, int],
     scale_xy: Sequence[float],
     device: torch.device,
-    batch_size: int = 8,
-    num_workers: int = 0,
     loss: nn.Module | None = None,
-    progress: bool = True,
+    **options: Any,
 ) -> Evaluation:
     """Detect on all pictures and score the boxes.
 
     With `loss`, a YOLOLoss, also its mean terms and its cells, from the same forward. Under
     torchrun every rank calls this, takes its share and returns the same. The modes of model and
-    loss are as before afterwards. Raises UserError without pictures.
+    loss are as before afterwards. options: batch_size, num_workers and progress, as
+    `forward_batches` takes them. Raises UserError without pictures.
     """
     started = time.perf_counter()
     detections: list[np.ndarray] = []
-    highest = torch.zeros((), device=device)
-    means = LossMeans(device)
-    batches = forward_batches(
-        model,
-        _share(samples),
-        input_shape=input_shape,
-        device=device,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        progress=progress,
-    )
+    highest, means = torch.zeros((), device=device), LossMeans(device)
+    options |= {"input_shape": input_shape, "device": device}
     with evaluating(model, loss):
-        for batch, outputs, targets in batches:
+        for batch, outputs, targets in forward_batches(model, _share(samples), **options):
             decoded = decode(outputs, anchors, input_shape, scale_xy)
             highest = torch.maximum(highest, (decoded[..., 4] * decoded[..., 5:].amax(-1)).amax())
             kept = non_max_suppression(decoded, EVAL_CONF_THRESHOLD, EVAL_NMS_IOU)

@@ -15,15 +15,17 @@ from utils.decode import STRIDES
 TERMS = ("total", "loc", "conf", "cls")
 COUNTS = ("positives", "ignored")
 FIGURES = (*TERMS, *COUNTS, "grad_norm", "finite", "skipped")
+CONF_ALPHA = "conf_alpha"  # of alpha="auto", in steps that look at the cells
 GROUP_SHAPE = (len(STRIDES), len(GROUPS), len(VALUES))
 NO_GROUPS = [0.0] * (len(STRIDES) * len(GROUPS) * len(VALUES))
 
 
 class HostFigures:
-    """The figures of one step, and its `group_sums` if any, on their way to the host."""
+    """One step's figures, with CONF_ALPHA and `group_sums` if any, on their way to the host."""
 
     def __init__(self, figures: Mapping[str, Tensor]):
-        self.packed = torch.stack([figures[name].detach().float() for name in FIGURES])
+        self.names = (*FIGURES, CONF_ALPHA) if CONF_ALPHA in figures else FIGURES
+        self.packed = torch.stack([figures[name].detach().float() for name in self.names])
         if "groups" in figures:
             self.packed = torch.cat((self.packed, figures["groups"].flatten()))
         self.event = None
@@ -38,8 +40,8 @@ class HostFigures:
         if self.event is not None:
             self.event.synchronize()
         values = self.packed.tolist()
-        named, groups = values[: len(FIGURES)], values[len(FIGURES) :]
-        return dict(zip(FIGURES, named, strict=True)), groups
+        named, groups = values[: len(self.names)], values[len(self.names) :]
+        return dict(zip(self.names, named, strict=True)), groups
 
 
 class EpochFigures:
@@ -49,6 +51,7 @@ class EpochFigures:
         self.guard = guard
         self.state = dict.fromkeys((*FIGURES, "updates", "pictures", "seconds", "looks"), 0.0)
         self.state["groups"] = NO_GROUPS  # summed over the steps that looked at them
+        self.state[CONF_ALPHA] = None  # of the last of these steps
         self.last: dict[str, float] = {}
         self.last_groups: list[float] = []
         self._pending: tuple[HostFigures, list[str]] | None = None
@@ -86,6 +89,7 @@ class EpochFigures:
         if self.last_groups:
             self.state["groups"] = _add(self.state["groups"], self.last_groups)
             self.state["looks"] += 1
+            self.state[CONF_ALPHA] = self.last.get(CONF_ALPHA)
         if updated:
             self.state["grad_norm"] += self.last["grad_norm"]
             self.state["updates"] += 1
@@ -118,6 +122,7 @@ class EpochFigures:
         return {
             "loss": self.mean("total"),
             **{name: self.mean(name) for name in names},
+            CONF_ALPHA: self.state[CONF_ALPHA],
             **cell_figures(self.state["groups"], looks=self.state["looks"]),
             "pictures_per_second": self.pictures_per_second(),
             "seconds": self.state["seconds"],

@@ -1,6 +1,7 @@
 """The non-finite guard: the device skips a bad step, and the host learns it a step later."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -57,19 +58,23 @@ class NonFiniteGuard:
     """Counts skipped updates on the host and stops a training that only skips.
 
     limit: skipped updates in a row. Half precision overflows while its gradient scaler finds its
-    scale, a dozen times or so at the start, so its limit is higher.
+    scale, a dozen times or so at the start, so its limit is higher. conf_loss: the name of the
+    confidence loss, told when its term alone is not finite.
     """
 
-    def __init__(self, *, limit: int = 5):
-        self.limit = limit
+    def __init__(self, *, limit: int = 5, conf_loss: str = ""):
+        self.limit, self.conf_loss = limit, conf_loss
         self.in_a_row = 0
+        self.made = 0
         self.skipped = 0
+        self._last = "Start a new run."  # then what there is to say of the last bad batch
 
     def updated(self) -> None:
         """Note an update that was made."""
         self.in_a_row = 0
+        self.made += 1
 
-    def check(self, terms: dict[str, float], *, skipped: bool, pictures: Sequence[str]) -> str:
+    def check(self, terms: Mapping[str, float], *, skipped: bool, pictures: Sequence[str]) -> str:
         """Note a batch with a non-finite loss or gradient. Returns what to tell of it.
 
         skipped: it ended an update, which was not made. Raises UserError after `limit` of them
@@ -80,10 +85,26 @@ class NonFiniteGuard:
         message += f"process: {', '.join(pictures)}"
         self.skipped += skipped
         self.in_a_row += skipped
+        self._last = f"Last: {message}. {self._cure(terms)}"
         if self.in_a_row >= self.limit:
-            raise UserError(
-                f"{self.limit} updates in a row were skipped. Last: {message}. Lower --lr or "
-                "--clip_norm, check these pictures, or try --amp off: with --resume where a "
-                "last.pt was written, or from the start."
-            )
+            raise UserError(f"{self.limit} updates in a row were skipped. {self._last}")
         return message
+
+    def check_learnt(self) -> None:
+        """Raises UserError where a training ends whose updates were all skipped."""
+        if self.skipped and not self.made:
+            raise UserError(
+                f"nothing was learnt: all {self.skipped} updates were skipped. {self._last}"
+            )
+
+    def _cure(self, terms: Mapping[str, float]) -> str:
+        """What to do, and in the last words which term is not finite."""
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        bad = [name for name in bad if name not in ("total", "grad_norm")]
+        if bad == ["conf"]:
+            return f"Look into the confidence loss, {self.conf_loss}. Not finite: conf alone."
+        cure = (
+            "Lower --lr or --clip_norm, check these pictures, or try --amp off: with --resume "
+            "where a last.pt was written, or from the start."
+        )
+        return f"{cure} Not finite: {', '.join(bad) or 'the gradient, though the loss is'}."

@@ -16,6 +16,7 @@ from utils.voc import Sample
 MOST_PICTURES = 8
 MIN_SIDE = 320  # of the longer side of one picture of a training batch
 SHOWN_HW = (416, 416)  # size of one picture of detections
+MOST_BOXES = 50  # in one picture of detections: an early threshold passes hundreds
 
 
 def batch_picture(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> np.ndarray:
@@ -43,13 +44,15 @@ def detections_picture(
 ) -> np.ndarray:
     """Pictures of a split, evenly chosen, with what is found at a threshold. Returns RGB uint8.
 
-    detections: a (n, 6) array of xyxy, score, class a picture, in its own pixels.
+    detections: a (n, 6) array of xyxy, score, class a picture, in its own pixels. Of each picture
+    the MOST_BOXES best are drawn.
     """
     chosen = np.linspace(0, len(samples) - 1, min(MOST_PICTURES, len(samples))).astype(int)
     drawn = []
     for index in chosen:
         rows = torch.from_numpy(detections[index])
         rows = rows[rows[:, 4] >= conf_threshold]
+        rows = rows[rows[:, 4].argsort(descending=True, stable=True)[:MOST_BOXES]]
         boxes_xyxy = image_to_letterbox(rows[:, :4], samples[index].image_hw, SHOWN_HW).numpy()
         image = letterbox(read_image(samples[index].image_path), SHOWN_HW)
         class_ids, scores = rows[:, 5].int().numpy(), rows[:, 4].numpy()

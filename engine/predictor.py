@@ -10,8 +10,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from engine.checkpoint import build_model, read_checkpoint
+from engine.checkpoint import build_model
 from engine.distributed import select_device
+from engine.foreign import FileFacts, read_network
+from utils.calibration import is_measured
 from utils.decode import decode
 from utils.errors import UserError
 from utils.image import read_image
@@ -44,7 +46,9 @@ class Predictor:
     device: "cpu", "cuda", "cuda:1"; None takes CUDA when it is there. conf_threshold: lowest score
     kept; None takes the checkpoint's own, which had the best F1 in validation. class_thresholds:
     take, instead, for each class the score at which that class had it. max_score: the highest
-    score that the last call saw, below the threshold or not; None before any picture.
+    score that the last call saw, below the threshold or not; None before any picture. stand_in:
+    the thresholds are the checkpoint's, but no evaluation has measured them. facts: what a file
+    of another program does not say, such as darknet's or the original fork's.
     Raises UserError for weights, device or thresholds that cannot be used.
     """
 
@@ -56,11 +60,13 @@ class Predictor:
         conf_threshold: float | None = None,
         nms_iou: float = 0.45,
         class_thresholds: bool = False,
+        facts: FileFacts | None = None,
     ):
         self.device = select_device(str(device or ""))
-        checkpoint = read_checkpoint(weights)
+        checkpoint = read_network(weights, facts or FileFacts())
         self.class_names = tuple(checkpoint["class_names"])
         self.class_thresholds: dict[str, float] = {}  # empty: conf_threshold holds for all
+        self.stand_in = conf_threshold is None and not is_measured(checkpoint["metrics"])
         if class_thresholds:
             self.class_thresholds = _class_thresholds(checkpoint, weights, conf_threshold)
             conf_threshold = min(self.class_thresholds.values())

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import tyro
 
 from engine.checkpoint import read_checkpoint
+from engine.console import resume_command
 from utils.errors import UserError
 
 Config = TypeVar("Config")
@@ -64,10 +65,10 @@ def check_resumed(config: Config, stored: Config, changeable: Collection[str]) -
     """Refuse what cannot change in a run that goes on."""
     if config.weights:
         raise UserError("--resume goes on with the run's own weights; leave --weights out.")
-    if ":" in stored.conf_loss and not config.conf_loss:
+    if ":" in stored.conf_loss and config.conf_loss != stored.conf_loss:
         raise UserError(
             f"this run's confidence loss is {stored.conf_loss!r}, code of yours that is run only "
-            f'when asked for: add --conf_loss "{stored.conf_loss}".'
+            f"when named again, as it was: {resume_command(config.resume, stored.conf_loss)}"
         )
     names = [field.name for field in dataclasses.fields(config)]
     fixed = [name for name in names if name not in (*changeable, "weights")]

@@ -13,15 +13,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from engine.figures import COUNTS, NO_GROUPS, TERMS, cell_figures
-from engine.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, Evaluation
+from engine.figures import CONF_ALPHA, COUNTS, NO_GROUPS, TERMS, cell_figures
+from engine.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
 from utils.errors import UserError
 from utils.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
 
 COLUMNS = (
     *("epoch", "step", "lr", "loss", "loc", "conf", "cls"),
     *("val_loss", "val_ap50", "val_ap", "val_ap75", "val_loc", "val_conf", "val_cls"),
-    *("conf_threshold", "f1", "ece", "positives", "ignored"),
+    *(*JUDGED, "positives", "ignored", CONF_ALPHA),
     *("grad_norm", "skipped_steps", "pictures_per_second", "memory_gb", "seconds"),
     *cell_figures(NO_GROUPS),
 )
@@ -70,6 +70,7 @@ class RunLog:
         lock(self._lock)
         text = json.dumps(dict(config), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        self._alpha_told = False
         self.rows = read_metrics(folder / "metrics.csv", last_epoch)
         self._rewrite()
         self.tensorboard = SummaryWriter(str(folder), purge_step=None)
@@ -88,27 +89,36 @@ class RunLog:
             csv.DictWriter(file, COLUMNS).writerow(text)
         own = {key: value for key, value in row.items() if key not in ("epoch", "step")}
         for key, value in own.items():
-            self._scalar(
-                f"{'val' if key.startswith('val_') else 'train'}/{key}", value, row["step"]
-            )
+            of_validation = key.startswith("val_") or key in JUDGED
+            self._scalar(f"{'val' if of_validation else 'train'}/{key}", value, row["step"])
         self.tensorboard.flush()
         plot_losses(self.folder / "loss.png", self.rows)
         plot_map(self.folder / "map.png", self.rows)
         return describe(row)
 
-    def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> None:
-        """A step's loss terms, and its cells by groups, to TensorBoard."""
-        for name in (*TERMS, *COUNTS, "grad_norm"):
-            self._scalar(f"step/{name}", figures[name], step)
+    def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> str:
+        """A step's loss terms, and its cells by groups, to TensorBoard.
+
+        Returns what to print, the first time: the alpha that alpha="auto" has measured.
+        """
+        for name in (*TERMS, *COUNTS, "grad_norm", CONF_ALPHA):
+            self._scalar(f"step/{name}", figures.get(name), step)
         for name, value in cell_figures(groups).items():
             scale, _, figure = name.partition("_")
             self._scalar(f"cells_{scale}/{figure}", value, step)
+        alpha, told, self._alpha_told = figures.get(CONF_ALPHA), self._alpha_told, True
+        if alpha is None or told:
+            return ""
+        return (
+            f'alpha="auto" weighs positives by {alpha:.5g}, negatives by {1 - alpha:.5g} so far; '
+            f"{CONF_ALPHA} in metrics.csv and TensorBoard follows it"
+        )
 
     def _scalar(self, name: str, value: float | None, step: int) -> None:
         if value is not None and math.isfinite(value):
             self.tensorboard.add_scalar(name, value, step)
 
-    def evaluation(self, evaluation: Evaluation, conf_loss: str) -> None:
+    def evaluation(self, evaluation: Evaluation, conf_loss: str, step: int) -> None:
         """What an evaluation with the loss says of scores and cells: two pictures and the cells."""
         thresholds = {"best F1": evaluation.conf_threshold}
         plot_reliability(
@@ -118,6 +128,10 @@ class RunLog:
             thresholds=thresholds,
         )
         plot_cumulative_loss(self.folder / "cumulative_loss.png", {conf_loss: evaluation.cells})
+        for name in ("reliability", "cumulative_loss"):
+            with Image.open(self.folder / f"{name}.png") as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self.tensorboard.add_image(name, pixels, step, dataformats="HWC")
         text = json.dumps(evaluation.cells)
         (self.folder / "conf_cells.json").write_text(text + "\n", encoding="utf-8")
 

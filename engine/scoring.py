@@ -27,6 +27,7 @@ from utils.voc import Sample
 EVAL_CONF_THRESHOLD = 0.001
 EVAL_NMS_IOU = 0.45
 MATCH_IOU = 0.5
+JUDGED = ("conf_threshold", "f1", "ece")  # in metrics.csv; their names do not say "val"
 NOT_FIGURES = ("curves", "detections", "matches", "cells")  # arrays, left out of evaluation.json
 
 
@@ -72,6 +73,20 @@ class Evaluation:
     def at_threshold(self, conf_threshold: float) -> OperatingPoint:
         """F1, precision and recall over all classes when scores >= conf_threshold are kept."""
         return operating_point(*_pool(self.matches.values()), conf_threshold=conf_threshold)
+
+    def metrics(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, in plain types."""
+        names = ("AP50", "AP50_11point", "AP", "AP75", "f1", "precision", "recall", "ece")
+        return {
+            **{name: float(getattr(self, name)) for name in names},
+            "per_class": dict(self.per_class),
+            "class_thresholds": dict(self.class_thresholds),
+        }
+
+    def row(self) -> dict[str, float]:
+        """Its figures under their names in metrics.csv."""
+        named = {f"val_{name.lower()}": getattr(self, name) for name in ("AP50", "AP", "AP75")}
+        return named | {name: getattr(self, name) for name in JUDGED}
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for evaluation.json, without curves and boxes; nan becomes None."""

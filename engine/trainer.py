@@ -66,7 +66,8 @@ class Trainer:
             amp_dtype=recipe.amp_dtype,
             clip_norm=recipe.clip_norm,
         )
-        self.guard = NonFiniteGuard(limit=30 if recipe.amp_dtype == torch.float16 else 5)
+        limit = 30 if recipe.amp_dtype == torch.float16 else 5
+        self.guard = NonFiniteGuard(limit=limit, conf_loss=facts["conf_loss"])
         self.figures = EpochFigures(self.guard)
         self.epoch = self.epoch_step = self.global_step = 0  # finished ones
         self.steps = 0  # of the running epoch
@@ -80,7 +81,7 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last epoch. False when SIGINT or SIGTERM asked to stop before it.
 
-        Raises UserError when memory runs out or only non-finite steps come.
+        Raises UserError when memory runs out, or only non-finite steps come or have come.
         """
         try:
             self._rehearse_unfrozen_step()
@@ -93,7 +94,10 @@ class Trainer:
                 "the GPU's memory is not enough. Start again with half the --batch_size (double "
                 f"--accumulate keeps the update) or a smaller --input_shape. {error}"
             ) from None
-        return self.epoch == self.recipe.epochs
+        finished = self.epoch == self.recipe.epochs
+        if finished:
+            self.guard.check_learnt()
+        return finished
 
     def _request_stop(self) -> None:
         self.stop_requested = True
@@ -222,13 +226,10 @@ class Trainer:
     def _keep_best(self, evaluation: Evaluation) -> None:
         self.conf_threshold = evaluation.conf_threshold
         best = max(self.metrics["best_AP50"], -1.0)
-        names = ("AP50", "AP50_11point", "AP", "AP75", "f1", "precision", "recall", "ece")
-        self.metrics = {name: float(getattr(evaluation, name)) for name in names}
-        self.metrics |= {"per_class": dict(evaluation.per_class), "best_AP50": best}
-        self.metrics["class_thresholds"] = dict(evaluation.class_thresholds)
+        self.metrics = {**evaluation.metrics(), "best_AP50": best}
         if self.log is None:
             return
-        self.log.evaluation(evaluation, self.facts["conf_loss"])
+        self.log.evaluation(evaluation, self.facts["conf_loss"], self.global_step)
         picture = detections_picture(
             self.val_samples,
             evaluation.detections,
@@ -265,11 +266,7 @@ class Trainer:
             "skipped_steps": self.guard.skipped,
             "memory_gb": memory_gb(self.device),
         }
-        if evaluation is not None:
-            for name in ("AP50", "AP", "AP75"):
-                row[f"val_{name.lower()}"] = getattr(evaluation, name)
-            row |= {name: getattr(evaluation, name) for name in ("conf_threshold", "f1", "ece")}
-        return row
+        return row if evaluation is None else row | evaluation.row()
 
     def _checkpoint(self) -> dict[str, Any]:
         return {
@@ -294,6 +291,7 @@ class Trainer:
                 "steps": self.steps,
                 "figures": dict(self.figures.state),
                 "skipped_steps": self.guard.skipped,
+                "updates": self.guard.made,
             },
             "loss": cpu_copy(self.loss.state_dict()),
             "random": random_states(),
@@ -314,7 +312,7 @@ class Trainer:
         self.epoch, self.global_step = checkpoint["epoch"], checkpoint["step"]
         self.epoch_step, self.steps = schedule["epoch_step"], schedule["steps"]
         self.figures.state.update(schedule["figures"])
-        self.guard.skipped = schedule["skipped_steps"]
+        self.guard.skipped, self.guard.made = schedule["skipped_steps"], schedule.get("updates", 1)
         self.metrics, self.conf_threshold = checkpoint["metrics"], checkpoint["conf_threshold"]
         restore_random_states(checkpoint["random"])
 
@@ -341,7 +339,7 @@ class Trainer:
         """Say what the guard says of the step whose figures were read, and log its cells if any."""
         self._say(message)
         if self.figures.last_groups and self.log is not None:
-            self.log.step(step, self.figures.last, self.figures.last_groups)
+            self._say(self.log.step(step, self.figures.last, self.figures.last_groups))
 
     @staticmethod
     def _say(message: str) -> None:

@@ -6,11 +6,11 @@ python examples/custom_conf_loss.py    (in the project's folder; more flags go o
 import shlex
 import sys
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, where
 
 sys.path.insert(0, ".")  # a script's own folder is on Python's path, the project's is not
 from losses.confidence import conf_loss
+from losses.focal import upcast
 from tools.train_sample import COMMON, SAMPLE, run
 
 
@@ -25,8 +25,9 @@ class ModifiedHuber(nn.Module):
         self.margin = margin
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        certainty = torch.where(targets > 0, logits, -logits) / self.margin
-        return torch.where(certainty > -1, (1 - certainty).clamp(min=0) ** 2, -4 * certainty)
+        logits, targets = upcast(logits, targets)  # the square of a half overflows early
+        certainty = where(targets > 0, logits, -logits) / self.margin
+        return where(certainty > -1, (1 - certainty).clamp(min=0) ** 2, -4 * certainty)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,11 @@ class MeasuredAlpha(nn.Module):
         self.register_buffer("positives", torch.zeros((), dtype=torch.float64))
         self.register_buffer("counted", torch.zeros((), dtype=torch.float64))
 
+    @property
+    def alpha(self) -> Tensor:
+        """What positives weigh after the training batches so far: a scalar on the device."""
+        return 1 - self.positives / self.counted.clamp(min=1)
+
     def forward(self, losses: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
         """All of one shape; mask: bool, True where a cell is counted; None counts all."""
         share = self._share(targets > 0, torch.ones_like(targets > 0) if mask is None else mask)

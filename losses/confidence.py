@@ -151,7 +151,7 @@ def build_conf_loss(spec: str) -> nn.Module:
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise UserError(f"confidence loss {name!r} is unknown.{hint} {_allowed()}")
     parameters = _parameters(cls)
-    usage = _usage(name, cls)
+    usage = spec_usage(name, cls)
     values = _parse_arguments(spec, arguments or "", usage)
     settings = {k: values.pop(k) for k in SETTING_KEYS if k in values and k not in parameters}
     for key, value in values.items():
@@ -290,7 +290,7 @@ def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in found.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
-def _usage(name: str, cls: type[nn.Module]) -> str:
+def spec_usage(name: str, cls: type[nn.Module]) -> str:
     """A class as it is written: focal(alpha=0.25, gamma=2.0)."""
     keys = (
         key if p.default is p.empty else f"{key}={p.default!r}"
@@ -300,5 +300,5 @@ def _usage(name: str, cls: type[nn.Module]) -> str:
 
 
 def _allowed() -> str:
-    usages = ", ".join(_usage(name, cls) for name, cls in sorted(CONF_LOSSES.items()))
+    usages = ", ".join(spec_usage(name, cls) for name, cls in sorted(CONF_LOSSES.items()))
     return f"Allowed: {usages}, or module:Class for your own nn.Module. {ALSO}"

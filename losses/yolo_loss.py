@@ -6,16 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from losses.alpha import MeasuredAlpha
 from losses.assign import ASSIGNERS, Positives, assign, overlaps_truth
 from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
+from losses.class_loss import build_cls_loss
 from losses.conf_cells import ConfCells, group_sums
-from losses.confidence import (
-    SETTING_KEYS,
-    BinaryCrossEntropy,
-    Focal,
-    build_conf_loss,
-    conf_settings,
-)
+from losses.confidence import Focal, build_conf_loss, conf_settings
 from losses.ranks import ranks, sum_over_ranks
 from utils.boxes import cxcywh_to_xyxy
 from utils.decode import STRIDES, decode_grid_boxes, grid_offsets
@@ -67,7 +63,8 @@ class YOLOLoss(nn.Module):
     """The loss of YOLOv4's three raw maps, in float32; its defaults are the original fork's.
 
     anchors: nine (w, h) in pixels, small to large. input_shape: (height, width); it only sets
-    the confidence factor 5 H W / 416^2. conf_loss, cls_loss: specs of `build_conf_loss`;
+    the confidence factor 5 H W / 416^2. conf_loss, cls_loss: specs of
+    `build_conf_loss` and `build_cls_loss`;
     focal_loss is shorthand for conf_loss="focal(alpha=..., gamma=...)". anchor_threshold: of the
     "iou_threshold" assigner. balance: confidence weights at strides 8, 16, 32.
     Raises UserError for a value that is not allowed.
@@ -111,7 +108,7 @@ class YOLOLoss(nn.Module):
         self.conf_loss = _pick_conf_loss(focal_loss, focal_alpha, focal_gamma, conf_loss)
         self.conf_settings = conf_settings(self.conf_loss)
         self.prior_pi = self.conf_settings.prior_pi
-        self.cls_loss = _pick_cls_loss(cls_loss, label_smoothing)
+        self.cls_loss = build_cls_loss(cls_loss, label_smoothing)
 
     def forward(
         self, outputs: Sequence[Tensor], targets: Tensor, *, cells: bool = False
@@ -120,7 +117,8 @@ class YOLOLoss(nn.Module):
 
         Returns float32 scalars: total = loc + conf + cls, each weighted and summed over scales;
         detached, for logs: positives and ignored (cells of this batch). `cells` adds "cells", the
-        ConfCells, and where gradients are taken "groups", their `group_sums`.
+        ConfCells, where gradients are taken "groups", their `group_sums`, and for a confidence
+        loss with alpha="auto" "conf_alpha", as measured so far.
         Under torch.distributed this is a collective call: the denominators are sums over ranks.
         """
         self._check_outputs(outputs)
@@ -136,15 +134,7 @@ class YOLOLoss(nn.Module):
         self, outputs: Sequence[Tensor], targets: Tensor, *, with_cells: bool
     ) -> dict[str, Any]:
         maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
-        positives = assign(
-            targets,
-            self.anchors,
-            grids=[tuple(raw.shape[-2:]) for raw in outputs],
-            batch_size=len(outputs[0]),
-            num_classes=self.num_classes,
-            assigner=self.assigner,
-            threshold=self.anchor_threshold,
-        )
+        positives = self._assign(maps, targets)
         images = targets[:, 0].long()
         objectness, predictions = _pick(maps, images, positives)
         predicted = self._decode(predictions, positives)
@@ -171,10 +161,29 @@ class YOLOLoss(nn.Module):
         if with_cells:
             weighted = losses.detach() * _by_cell(weights, sizes)
             seen = ConfCells(objectness, target, positives.mask, counted, weighted, sizes)
-            terms["cells"] = seen
-            if conf.requires_grad and objectness.requires_grad:
-                terms["groups"] = group_sums(seen, conf)
+            terms |= self._look(seen, conf)
         return terms
+
+    def _look(self, cells: ConfCells, conf: Tensor) -> dict[str, Any]:
+        """What a look at the cells adds to the terms."""
+        seen: dict[str, Any] = {"cells": cells}
+        if conf.requires_grad and cells.objectness.requires_grad:
+            seen["groups"] = group_sums(cells, conf)
+        for module in self.conf_loss.modules():
+            if isinstance(module, MeasuredAlpha):
+                seen["conf_alpha"] = module.alpha.float()
+        return seen
+
+    def _assign(self, maps: list[Tensor], targets: Tensor) -> Positives:
+        return assign(
+            targets,
+            self.anchors,
+            grids=[tuple(raw.shape[1:3]) for raw in maps],
+            batch_size=len(maps[0]),
+            num_classes=self.num_classes,
+            assigner=self.assigner,
+            threshold=self.anchor_threshold,
+        )
 
     def _decode(self, predictions: Tensor, positives: Positives) -> Tensor:
         """(3, N, A, >=4) raw -> (3, N, A, 4) cx, cy, w, h in cells of the scale."""
@@ -272,27 +281,6 @@ def _pick_conf_loss(focal: bool, alpha: float, gamma: float, spec: str) -> nn.Mo
             f'conf_loss="focal(alpha={alpha}, gamma={gamma})" alone.'
         )
     return Focal(alpha=alpha, gamma=gamma) if focal else build_conf_loss(spec or "bce")
-
-
-def _pick_cls_loss(spec: str, label_smoothing: float) -> nn.Module:
-    if ":" in spec:
-        raise UserError(f"cls_loss {spec!r}: code of your own is for conf_loss. Use bce or focal.")
-    loss = build_conf_loss(spec)
-    if conf_settings(loss).wants_mask or conf_settings(loss).wants_iou:
-        raise UserError(
-            f"cls_loss {spec!r} needs all cells, or boxes: it is for conf_loss. Use bce or focal."
-        )
-    if vars(loss).keys() & set(SETTING_KEYS):
-        raise UserError(
-            f"cls_loss {spec!r}: {', '.join(SETTING_KEYS)} belong to conf_loss and would do "
-            "nothing here. Leave them out."
-        )
-    if label_smoothing and not isinstance(loss, BinaryCrossEntropy):
-        raise UserError(
-            f"label_smoothing {label_smoothing} makes every class of a cell a positive for "
-            f"cls_loss {spec!r}. Use cls_loss bce, or label_smoothing 0."
-        )
-    return loss
 
 
 def _anchor_tensor(anchors: Sequence[Sequence[float]]) -> Tensor:

@@ -111,8 +111,8 @@ def initialise(model: nn.Module) -> None:
     as the anchors, probabilities as the biases say.
     """
     for module in model.modules():
-        if not isinstance(module, nn.Conv2d):
-            continue
+        if not isinstance(module, nn.Conv2d) or module.weight.is_meta:
+            continue  # of the meta device: nothing to fill, and torch would import its compiler
         if module.bias is None:
             nn.init.kaiming_normal_(module.weight, a=0.1)
         else:

@@ -5,6 +5,7 @@ import torch
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 
 from losses.confidence import build_conf_loss, conf_settings
+from tests.test_yolo_loss import make_loss, make_outputs, make_targets
 from utils.errors import UserError
 
 NAMES = pytest.mark.parametrize("name", ["balanced_bce", "focal", "focal_pi"])
@@ -47,6 +48,19 @@ def test_it_is_measured_over_all_training_batches_so_far():
     torch.testing.assert_close(loss(logits, targets), expected)
     torch.testing.assert_close(loss.eval()(logits, targets), expected)
     assert loss.measured.counted == 40
+
+
+def test_yolo_loss_says_what_is_measured_when_it_looks_at_the_cells():
+    loss = make_loss(conf_loss='focal(alpha="auto")')
+    assert "conf_alpha" not in loss(make_outputs(), make_targets())
+    terms = loss(make_outputs(), make_targets(2), cells=True)
+    measured = loss.conf_loss.measured
+    share = measured.positives / measured.counted
+    assert 0 < share < 0.1
+    assert terms["conf_alpha"].item() == pytest.approx(1 - share.item())
+    assert "conf_alpha" not in make_loss(conf_loss="focal")(
+        make_outputs(), make_targets(), cells=True
+    )
 
 
 def test_evaluation_before_any_training_takes_the_batch_at_hand():

@@ -9,6 +9,7 @@ from utils.calibration import (
     DEFAULT_THRESHOLD,
     best_f1_threshold,
     expected_calibration_error,
+    is_measured,
     operating_point,
     reliability,
 )
@@ -36,6 +37,14 @@ def test_no_threshold_does_better(seed):
     assert best.f1 == pytest.approx(plain_f1(scores, hits, 120, best.conf_threshold))
     assert best.precision == pytest.approx(hits[kept].mean())
     assert best.recall == pytest.approx(hits[kept].sum() / 120)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "measured"),
+    [({}, False), ({"best_AP50": -1.0}, False), ({"f1": 0.0}, False), ({"f1": 0.01}, True)],
+)
+def test_a_threshold_is_measured_once_an_object_was_found(metrics, measured):
+    assert is_measured(metrics) is measured
 
 
 def test_order_does_not_matter():

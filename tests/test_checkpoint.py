@@ -67,7 +67,7 @@ def test_the_network_is_rebuilt_with_its_weights_in_eval_mode(tmp_path):
     ("content", "expected"),
     [
         (b"", "not a weights file"),
-        (b"<!DOCTYPE html><html>sign in</html>", "not a weights file"),
+        (b"<!DOCTYPE html><html>sign in</html>", "a web page, not weights"),
         (b"PK\x03\x04 cut", "damaged"),
     ],
 )

@@ -13,22 +13,41 @@ import torch
 
 import train
 from engine.randomness import seed_everything
-from losses.confidence import CONF_LOSSES
+from engine.start import build_network, choose_scale_xy, set_prior
+from losses.confidence import CONF_LOSSES, build_conf_loss, conf_settings
 from tests.test_compare_plan import plan
-from tools.compare_losses import Config, carry_out, check_inputs, main, plan_of, whole_plan
+from tools.compare_lock import folder_lock
+from tools.compare_losses import (
+    Config,
+    carry_out,
+    changed_settings,
+    check_inputs,
+    main,
+    plan_of,
+    whole_plan,
+)
 from tools.compare_plan import slug, write_plan
 from utils.decode import read_anchors
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MINE = "my_losses:Deadly(scale=1)"
-# BCE that ends comparison and training at once, at its call of the number KILL_AT.
+# BCE that ends comparison and training at once, at its call of the number KILL_AT; or, with
+# KILL_AT=import, the comparison alone, while the training still imports.
 MY_LOSSES = """
 import os
 import signal
+import sys
+import time
 
 from torch import nn
 from torch.nn import functional as F
+
+if os.environ.get("KILL_AT") == "import" and sys.argv[0].endswith("train.py"):
+    with open("importing", "w") as file:
+        file.write(str(os.getpid()))
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
 
 
 class Deadly(nn.Module):
@@ -79,8 +98,13 @@ def first_weights(conf_loss):
     """What train.py starts from with a loss, and the prior that the loss declares."""
     config = train.Config(conf_loss=conf_loss, width=0.01, depth=0.01, input_shape=(64, 64))
     seed_everything(3, deterministic=False)
-    loss = train.build_loss(config, read_anchors(config.anchors_path), 2)
-    return train.build_model(config, ("a", "b"), loss.prior_pi, None).state_dict(), loss.prior_pi
+    model, report = build_network(
+        ("a", "b"), width=config.width, depth=config.depth, weights="", weights_classes=""
+    )
+    anchors = read_anchors(config.anchors_path)
+    loss = train.build_loss(config, anchors, 2, choose_scale_xy(None, report, None))
+    set_prior(model, loss.prior_pi, report)
+    return model.state_dict(), loss.prior_pi
 
 
 @pytest.mark.parametrize("name", sorted(CONF_LOSSES))
@@ -101,10 +125,10 @@ def compare(tiny_voc, tmp_path):
     flags += f" --anchors_path {ROOT}/model_data/yolo_anchors.txt --input_shape 64 64 --device cpu"
     flags += " --batch_size 4 --eval_period 2 --save_dir lab"
 
-    def run(*arguments, **environment):
-        command = [sys.executable, "-m", "tools.compare_losses", "--losses", "bce", MINE]
+    def run(*seeds, losses=("bce", MINE), **environment):
+        command = [sys.executable, "-m", "tools.compare_losses", "--losses", *losses]
         return subprocess.run(
-            [*command, "--seeds", *arguments, *flags.split()],
+            [*command, "--seeds", *seeds, *flags.split()],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             capture_output=True,
@@ -127,10 +151,8 @@ def test_a_plan_that_was_killed_ends_as_if_it_had_not_been(compare, tmp_path):
     lab = tmp_path / "lab"
     killed = compare("0", "1", KILL_AT="4")  # in epoch 2 of the second run
     assert killed.returncode == -signal.SIGKILL
-    assert (lab / "comparing.pid").exists()
     done = compare("0", "1")
     assert done.returncode == 0, done.stderr
-    assert not (lab / "comparing.pid").exists()
     assert "4 runs of 2 epochs, 1 finished" in done.stdout
     assert "4 of 4 runs are finished" in (lab / "report.html").read_text(encoding="utf-8")
     for seed in (0, 1):
@@ -161,11 +183,80 @@ def test_a_stop_says_how_to_go_on(tmp_path, capsys):
     assert "stopped; the same command goes on:\n  python -m tools" in capsys.readouterr().out
 
 
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["compare_losses", *map(str, arguments)])
+    main()
+
+
 def test_a_second_comparison_of_a_folder_is_refused(tiny_voc, tmp_path, monkeypatch):
-    (tmp_path / "comparing.pid").write_text(str(os.getppid()))
     flags = f"--test {tiny_voc}:val --classes_path {tiny_voc}/classes.txt --save_dir {tmp_path}"
-    monkeypatch.setattr(sys, "argv", ["compare_losses", *flags.split()])
-    with pytest.raises(UserError, match=f"in use by process {os.getppid()}"):
-        main()
-    assert (tmp_path / "comparing.pid").read_text() == str(os.getppid())
+    with folder_lock(tmp_path), pytest.raises(UserError, match=f"{tmp_path} is in use"):
+        run_main(monkeypatch, *flags.split())
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_no_rival_starts_while_a_child_of_a_killed_comparison_imports(compare, tmp_path):
+    killed = compare("0", losses=[MINE], KILL_AT="import")
+    assert killed.returncode == -signal.SIGKILL
+    child = int((tmp_path / "importing").read_text())
+    try:
+        assert not list(tmp_path.glob("lab/runs/*/*/running.pid"))
+        with (
+            pytest.raises(UserError, match="had started before it was killed"),
+            folder_lock(tmp_path / "lab"),
+        ):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("typed", [["--seeds", "0"], ["--widht", "1"], ["--jobs=2"], ["--cache"]])
+def test_a_report_refuses_flags_that_it_would_ignore(monkeypatch, tmp_path, typed):
+    write_plan(tmp_path, plan())
+    name = typed[0].split("=")[0]
+    with pytest.raises(UserError, match=f"leave {name} out"):
+        run_main(monkeypatch, "--report_only", "--save-dir", tmp_path, *typed)
+    assert not (tmp_path / "results.md").exists()
+
+
+def test_a_report_holds_the_losses_that_are_given_in_their_order(monkeypatch, tmp_path, capsys):
+    write_plan(tmp_path, plan(["bce", "focal(gamma=1)", "poly1"]))
+    typed = ["--report_only", "--save_dir", tmp_path]
+    run_main(monkeypatch, *typed, "--losses", "poly1", "focal( gamma = 1 )")
+    assert "note: Left out of this report: bce." in capsys.readouterr().out
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| ([a-z]\S+?)<br>", text, re.MULTILINE) == ["poly1", "focal(gamma=1)"]
+    assert "against poly1" in text
+    assert "Left out of this report: bce." in text
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1 + 2 * 2
+    run_main(monkeypatch, *typed)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "against bce" in text
+    assert "Left out" not in text
+
+
+def test_a_report_of_a_loss_that_the_plan_lacks_or_twice_of_one_is_an_error(monkeypatch, tmp_path):
+    write_plan(tmp_path, plan(["bce", "poly1"]))
+    typed = ["--report_only", "--save_dir", tmp_path, "--losses", "bce"]
+    with pytest.raises(UserError, match=r"no runs of 'ghm'. It has bce, poly1"):
+        run_main(monkeypatch, *typed, "ghm")
+    with pytest.raises(UserError, match="twice"):
+        run_main(monkeypatch, *typed, "bce( )")
+
+
+def test_a_spelling_of_the_folder_s_own_loss_goes_on_with_its_runs(tmp_path):
+    write_plan(tmp_path, plan(["bce", "focal(gamma= 1)"]))
+    config = Config(losses=(" focal(gamma=1)", "ghm"), save_dir=str(tmp_path))
+    assert plan_of(config, []).losses == ("focal(gamma= 1)", "ghm")
+
+
+def test_a_changed_default_of_a_loss_is_said_before_it_trains(tmp_path):
+    both = plan(["focal", "bce"])
+    focal, bce, *_ = both.runs(tmp_path)
+    for run, gain in ((focal, 3.0), (bce, 1.0)):
+        run.folder.mkdir(parents=True)
+        settings = {**conf_settings(build_conf_loss(run.loss))._asdict(), "gain": gain}
+        (run.folder / "config.json").write_text(json.dumps({"conf_settings": settings}))
+    (note,) = changed_settings(both, tmp_path)
+    assert note.startswith("focal ")
+    assert "gain 3.0 (seed 0), 10.0 (now)." in note

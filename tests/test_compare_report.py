@@ -1,7 +1,6 @@
 import base64
 import csv
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -17,17 +16,8 @@ from nets.yolo import YoloV4
 from tests.factory import add_picture, write_split
 from tools.compare_losses import report
 from tools.compare_plan import Plan, write_plan
-from tools.compare_results import (
-    STEP_TIME,
-    T_QUANTILES,
-    Difference,
-    difference,
-    difference_text,
-    read_results,
-    spread,
-    spread_text,
-    step_time,
-)
+from tools.compare_report import html_cell
+from tools.compare_results import STEP_TIME, read_results
 from utils.errors import UserError
 
 CLASSES = ("red", "<b>&'green'|x")
@@ -120,79 +110,6 @@ def lab(tree, tmp_path_factory):
     return save_dir, plan
 
 
-def test_student_quantiles_are_those_of_the_density():
-    def upper_tail(quantile, degrees):  # 1 - CDF by the trapezoid rule on x = tan(u)
-        u = np.linspace(math.atan(quantile), math.pi / 2 - 1e-9, 200_001)
-        x = np.tan(u)
-        scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
-        density = math.exp(scale) / math.sqrt(degrees * math.pi)
-        values = density * (1 + x**2 / degrees) ** (-(degrees + 1) / 2) * (1 + x**2)
-        return np.sum((values[1:] + values[:-1]) / 2 * np.diff(u))
-
-    assert len(T_QUANTILES) == 30
-    for degrees, quantile in enumerate(T_QUANTILES, start=1):
-        assert upper_tail(quantile, degrees) == pytest.approx(0.025, abs=4e-5), degrees
-
-
-def test_mean_and_spread_equal_a_hand_calculation():
-    assert spread([]) is None
-    assert spread([0.5]).mean == 0.5
-    assert math.isnan(spread([0.5]).deviation)
-    assert spread([1.0, 2.0, 4.5]) == pytest.approx((2.5, math.sqrt((1.5**2 + 0.5**2 + 2**2) / 2)))
-
-
-def test_the_paired_difference_equals_a_hand_calculation():
-    first, own = {0: 0.50, 1: 0.60, 2: 0.70}, {2: 0.73, 0: 0.51, 1: 0.62, 7: 0.99}
-    # Differences .03, .01, .02: mean .02, deviation .01, t(2) = 4.303: .02 +- 4.303 * .01 / sqrt 3
-    found = difference(own, first)
-    margin = 4.303 * 0.01 / math.sqrt(3)
-    assert found == pytest.approx((0.02, 0.02 - margin, 0.02 + margin))
-    assert found.verdict == "no"
-
-
-@pytest.mark.parametrize(
-    ("found", "verdict"),
-    [
-        (Difference(0.2, 0.1, 0.3), "yes"),
-        (Difference(-0.2, -0.3, -0.1), "yes"),
-        (Difference(0.0, 0.0, 0.0), "no"),
-        (Difference(0.1, -0.1, 0.3), "no"),
-        (Difference(0.1, math.nan, math.nan), "one seed: unknown"),
-    ],
-)
-def test_a_difference_exceeds_the_noise_only_if_zero_lies_outside(found, verdict):
-    assert found.verdict == verdict
-
-
-def test_one_common_seed_says_nothing_and_none_is_no_difference():
-    assert difference({0: 0.7}, {0: 0.5, 1: 0.6}).verdict == "one seed: unknown"
-    assert difference({0: 0.7}, {1: 0.6}) is None
-    assert difference({}, {}) is None
-    assert difference_text(None, "AP50") == "-"
-
-
-def test_beyond_thirty_pairs_the_interval_is_that_of_thirty():
-    own = {seed: float(seed % 2) for seed in range(100)}
-    found = difference(own, dict.fromkeys(own, 0.0))
-    deviation = math.sqrt(100 * 0.25 / 99)
-    assert found.high - found.mean == pytest.approx(2.042 * deviation / 10)
-
-
-def test_texts_have_the_digits_that_are_worth_it():
-    assert spread_text(spread([0.5, 0.6]), "AP50") == "0.550 ± 0.071"
-    assert spread_text(spread([0.5]), "AP50") == "0.500"
-    assert spread_text(None, "AP50") == "-"
-    assert spread_text(spread([582.84]), STEP_TIME) == "582.8"
-    assert difference_text(Difference(-0.2, -0.3, -0.1), "AP") == "-0.200 [-0.300, -0.100] yes"
-    assert difference_text(Difference(0.1, math.nan, math.nan), "AP") == "+0.100 one seed: unknown"
-
-
-def test_the_step_time_is_the_median_over_epochs():
-    rows = [(4, 2), (8, 6), (12, 2.8)]  # 500, 1500 and 700 ms a step
-    assert step_time([{"step": str(s), "seconds": str(t)} for s, t in rows]) == pytest.approx(700)
-    assert math.isnan(step_time([]))
-
-
 def test_results_hold_what_the_runs_left_and_only_that(lab):
     save_dir, plan = lab
     results = read_results(plan, save_dir)
@@ -222,14 +139,15 @@ def test_results_csv_has_a_line_a_run(lab):
     assert [row["finished"] for row in rows] == ["1"] * 5 + ["0"]
 
 
-def test_results_md_holds_both_tables_and_names_its_pictures(lab):
+def test_results_md_holds_its_tables_and_names_its_pictures(lab):
     text = (lab[0] / "results.md").read_text(encoding="utf-8")
     assert "5 of 6 runs are finished" in text
     assert "version v1-2" in text
-    assert "| bce | 2 | 0.510 ± 0.014 | 0.255 ± 0.007 |" in text
+    assert "| bce | 2 of 2 | 0.510 ± 0.014 | 0.255 ± 0.007 |" in text
     # .10 and .12: mean .11, deviation .01414, t(1) = 12.706
-    assert f"| {LOSSES[1]} | +0.110 [-0.017, +0.237] no |" in text
-    assert "| focal | -0.100 one seed: unknown |" in text
+    ours = LOSSES[1].replace("<", "&lt;").replace(">", "&gt;")
+    assert f"| {ours} | +0.110<br>[-0.017, +0.237]<br>2 pairs: no |" in text
+    assert "| focal | -0.100<br>1 pair: unknown |" in text
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
         assert cv2.imread(str(lab[0] / name)) is not None
     assert len(re.findall(r"!\[.*\]\((.*)\)", text)) == 3
@@ -277,6 +195,14 @@ def test_what_users_name_is_text_and_never_markup(lab):
     assert "mine:Loss(kind=&quot;&lt;i&gt;$x$&quot;)" in text
 
 
+def test_cells_of_the_page_are_narrow_and_what_exceeds_the_noise_is_bold():
+    assert html_cell("0.510 ± 0.014") == '<td>0.510<span class="small">± 0.014</span></td>'
+    assert html_cell("a<b\nseed 0 missing").startswith('<td>a&lt;b<span class="small">seed 0')
+    bold = [html_cell(text).startswith('<td class="yes">') for text in ("yes", "+1\n2 pairs: yes")]
+    assert bold == [True, True]
+    assert "class" not in html_cell("no") + html_cell("yesterday")
+
+
 def test_a_plan_without_any_run_has_its_reports_too(tmp_path):
     flags = {"train": ["R:train"], "val": ["R:val"], "epochs": ["3"]}
     write_plan(tmp_path, Plan(losses=("bce",), seeds=(0,), test="R:test", flags=flags))
@@ -289,6 +215,31 @@ def test_a_plan_without_any_run_has_its_reports_too(tmp_path):
 def test_a_folder_that_is_no_comparison_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"plan\.json"):
         report(tmp_path)
+
+
+def test_a_checkpoint_that_has_gone_costs_its_own_row_only(lab, tmp_path):
+    save_dir = tmp_path / "lab"
+    shutil.copytree(lab[0], save_dir)
+    (save_dir / "runs" / "bce" / "seed-0" / "best.pt").unlink()
+    report(save_dir)
+    text = (save_dir / "report.html").read_text(encoding="utf-8")
+    assert len(Page(text).images) == 3 + 4 * len(LOSSES)
+    assert re.search(r"<h3>bce, seed 0</h3>\n<p>[^<]*best\.pt", text)
+
+
+def test_seeds_of_a_loss_that_were_not_trained_alike_are_told(lab, tmp_path, capsys):
+    save_dir = tmp_path / "lab"
+    shutil.copytree(lab[0], save_dir, ignore=shutil.ignore_patterns("*.pt"))
+    for seed, gain in ((0, 0.1), (1, 1.0)):
+        path = save_dir / "runs" / "bce" / f"seed-{seed}" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "conf_settings": {"gain": gain, "prior_pi": None}}))
+    report(save_dir)
+    said = "Settings differ between the seeds of bce: gain 0.1 (seed 0), 1.0 (seed 1)."
+    assert f"note: {said}" in capsys.readouterr().out
+    for name in ("results.md", "report.html"):
+        assert (save_dir / name).read_text(encoding="utf-8").count(said) == 1
+    assert "Settings differ" not in (lab[0] / "results.md").read_text(encoding="utf-8")
 
 
 def test_data_that_has_moved_since_costs_the_pictures_only(lab, tmp_path):

@@ -116,8 +116,13 @@ def test_runs_that_crash_are_told_and_the_others_go_on(tmp_path, capsys):
     said = "".join(laboratory.failures)
     assert "bce, seed 0 was killed by signal 9" in said
     assert "focal, seed 0 ended with status 2" in said
-    assert "focal, seed 1: evaluate.py has left no" in said
+    assert "focal, seed 1 left no evaluation.json, see " in said
     assert "  out of memory" in capsys.readouterr().out
+    notes = [run.failure.read_text() for run in (killed, failed, last)]
+    assert notes == ["was killed by signal 9", "ended with status 2", "left no evaluation.json"]
+    assert not good.failure.exists()
+    Child(killed, ["-c", ""], threads=1, evaluates=True).process.wait()
+    assert not killed.failure.exists()  # it is being tried again
 
 
 def test_a_stop_ends_the_children_and_starts_no_other(tmp_path):

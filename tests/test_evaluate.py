@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from engine.checkpoint import read_checkpoint, save_checkpoint
-from evaluate import main
+from evaluate import format_fixed, main
 from nets.yolo import YoloV4
 from tests.factory import add_picture, write_split
+from utils.calibration import OperatingPoint
 from utils.decode import read_anchors
 from utils.errors import run_script
 
@@ -107,6 +108,17 @@ def test_the_checkpoints_own_threshold_is_measured_beside_the_best(
     assert 0 < values["at_checkpoint_threshold"]["f1"] < values["f1"]
     best = {key: values[key] for key in nothing}
     assert evaluate_with(best["conf_threshold"])["at_checkpoint_threshold"] == best
+
+
+@pytest.mark.parametrize(
+    ("metrics", "told"), [({}, "a stand-in"), ({"f1": 0.0}, "a stand-in"), ({"f1": 0.5}, "chosen")]
+)
+def test_where_the_checkpoints_threshold_comes_from_is_told(metrics, told):
+    line = format_fixed(
+        OperatingPoint(0.5, 0.1, 0.2, 0.3), {"metrics": metrics, "config": {}}, "VOC:val"
+    )
+    assert f"score >= 0.5000 ({told}" in line
+    assert ("stand-in" in line) == (told == "a stand-in")
 
 
 def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path, run_in_process):

@@ -97,6 +97,16 @@ def test_modified_huber_is_as_worked_out_by_hand(custom_conf_loss):
     assert loss(torch.zeros(0, 3), torch.zeros(0, 3)).shape == (0, 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_modified_huber_of_half_precision_is_that_of_float32(custom_conf_loss, dtype):
+    logits = torch.tensor([-6e4, -300, -3, 0.5, 3, 6e4], dtype=dtype)
+    loss = custom_conf_loss.ModifiedHuber(margin=0.01)
+    for targets in (torch.zeros(6, dtype=dtype), torch.ones(6, dtype=dtype)):
+        losses = loss(logits, targets)
+        assert losses.isfinite().all()
+        assert torch.equal(losses, loss(logits.float(), targets.float()))
+
+
 def test_modified_huber_pulls_no_harder_than_its_tail(custom_conf_loss):
     logits = torch.tensor([-1e4, -4, 0, 4, 1e4], requires_grad=True)
     build_conf_loss("modified_huber")(logits, torch.ones(5)).sum().backward()
@@ -187,12 +197,50 @@ def test_faster_rcnn_learns_with_the_focal_loss(project):
     assert "objects that it was trained on" in printed
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [("--steps 1 --pictures 1", "did not fall"), ("--pictures 0", "at least 1")],
-)
-def test_a_run_without_progress_is_an_error(flags, message, project, monkeypatch):
+@pytest.fixture
+def run_example(project, monkeypatch):
+    """Run the Faster R-CNN example in the project's folder; its training gives these losses."""
     monkeypatch.chdir(project)
-    monkeypatch.setattr(sys, "argv", ["example", *flags.split(), "--device", "cpu"])
-    with pytest.raises(UserError, match=message):
+
+    def run(flags, losses=()):
+        monkeypatch.setattr(faster_rcnn_focal, "train", lambda *_, **__: list(losses))
+        monkeypatch.setattr(sys, "argv", ["example", *flags.split(), "--device", "cpu"])
         faster_rcnn_focal.main()
+
+    return run
+
+
+def test_the_fall_of_the_loss_is_judged_from_20_steps_on(run_example, capsys):
+    run_example("--steps 19 --pictures 1", [1.0] * 18 + [2.0])
+    assert "of the last 1.333" in capsys.readouterr().out
+    run_example("--steps 20 --pictures 1", [2.0] + [1.0] * 19)
+    with pytest.raises(UserError, match="did not fall"):
+        run_example("--steps 20 --pictures 1", [1.0] * 20)
+    with pytest.raises(UserError, match="did not fall"):
+        run_example("--steps 20 --pictures 1", [1.0] * 19 + [float("nan")])
+
+
+def test_without_pictures_there_is_nothing_to_learn(run_example):
+    with pytest.raises(UserError, match="at least 1"):
+        run_example("--pictures 0")
+
+
+@pytest.mark.parametrize("root", ["my_pictures", "elsewhere/VOCdevkit/Sample"])
+def test_nothing_is_drawn_into_a_folder_that_the_user_named(run_example, root, project):
+    with pytest.raises(UserError, match=r"classes\.txt"):
+        run_example(f"--root {root}")
+    assert not (project / root).exists()
+
+
+def test_the_sample_is_drawn_where_it_is_missing(run_example, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(root, **_):
+        drawn.append(root)
+        raise UserError("drawn enough")
+
+    monkeypatch.setattr(faster_rcnn_focal, "make_sample", draw)
+    monkeypatch.setattr(faster_rcnn_focal, "SAMPLE", tmp_path / "Sample")
+    with pytest.raises(UserError, match="drawn enough"):
+        run_example(f"--root {tmp_path / 'Sample'}")
+    assert drawn == [tmp_path / "Sample"]

@@ -7,12 +7,14 @@ from engine.figures import FIGURES, NO_GROUPS, EpochFigures, HostFigures, cell_f
 from engine.guard import NonFiniteGuard
 
 
-def figures(total, finite=True, norm=1.0, skipped=False, groups=None):
+def figures(total, finite=True, norm=1.0, skipped=False, groups=None, alpha=None):
     values = dict.fromkeys(FIGURES, 0.0) | {"total": total, "finite": finite, "grad_norm": norm}
     values["skipped"] = skipped or not finite
     tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
     if groups is not None:
         tensors["groups"] = torch.tensor(groups).view(3, 4, 4)
+    if alpha is not None:
+        tensors["conf_alpha"] = torch.tensor(alpha)
     return HostFigures(tensors)
 
 
@@ -129,6 +131,19 @@ def test_an_epochs_shares_are_those_of_all_steps_that_looked():
         assert row[name] == pytest.approx(value, nan_ok=True), name
     assert epoch.flush() == ""
     assert epoch.last_groups == []
+
+
+def test_the_measured_alpha_is_that_of_the_last_finite_look():
+    epoch = EpochFigures(NonFiniteGuard())
+    assert epoch.row()["conf_alpha"] is None
+    epoch.push(figures(1.0, groups=GROUPS_OF_A_STEP, alpha=0.5), ["a"])
+    epoch.push(figures(1.0, groups=GROUPS_OF_A_STEP, alpha=0.75), ["b"])
+    assert epoch.last["conf_alpha"] == 0.5
+    assert epoch.last_groups == pytest.approx(GROUPS_OF_A_STEP)
+    epoch.push(figures(1.0), ["c"])
+    epoch.push(figures(float("nan"), False, groups=GROUPS_OF_A_STEP, alpha=0.9), ["d"])
+    epoch.flush()
+    assert epoch.row()["conf_alpha"] == 0.75
 
 
 def test_an_epoch_that_did_not_look_has_no_shares():

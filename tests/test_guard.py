@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,36 @@ def test_guard_names_pictures_and_terms_and_stops_after_a_few_in_a_row():
     with pytest.raises(UserError, match=r"3 updates in a row.*total nan.*c\.jpg"):
         guard.check(terms, skipped=True, pictures=["c.jpg"])
     assert guard.skipped == 5
+
+
+@pytest.mark.parametrize(
+    ("bad", "last_words"),
+    [
+        ({"conf": math.nan, "total": math.nan}, "loss, mine:Mine. Not finite: conf alone."),
+        ({"conf": math.inf, "loc": math.nan}, "--amp off: .* Not finite: loc, conf."),
+        ({"cls": math.nan}, "--amp off: .* Not finite: cls."),
+        ({"grad_norm": math.inf}, "--amp off: .* Not finite: the gradient, though the loss is."),
+    ],
+)
+def test_the_last_words_name_the_term_that_is_not_finite(bad, last_words):
+    terms = dict.fromkeys(("total", "loc", "conf", "cls", "grad_norm"), 0.5) | bad
+    guard = NonFiniteGuard(limit=3, conf_loss="mine:Mine")
+    for _ in range(2):
+        guard.check(terms, skipped=True, pictures=["a.jpg"])
+    with pytest.raises(UserError, match=f"all 2 updates were skipped.*{last_words}$"):
+        guard.check_learnt()
+    with pytest.raises(UserError, match=f"3 updates in a row.*{last_words}$"):
+        guard.check(terms, skipped=True, pictures=["a.jpg"])
+
+
+def test_a_training_with_an_update_or_without_any_has_learnt_what_it_could():
+    guard = NonFiniteGuard()
+    guard.check_learnt()
+    guard.check({"total": math.nan}, skipped=False, pictures=[])
+    guard.check_learnt()
+    guard.check({"total": math.nan}, skipped=True, pictures=[])
+    guard.updated()
+    guard.check_learnt()
 
 
 def test_a_bad_batch_that_ends_no_update_is_told_but_not_counted():

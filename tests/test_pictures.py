@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.pictures import SHOWN_HW, batch_picture, detections_picture
+from engine.pictures import MOST_BOXES, SHOWN_HW, batch_picture, detections_picture
 from utils.draw import class_colour
 from utils.voc import read_split
 
@@ -31,3 +31,16 @@ def test_detections_below_the_threshold_are_not_drawn(tiny_voc: Path):
     assert grid.shape[1] > 4 * SHOWN_HW[1]
     assert has_colour(grid, 0)
     assert not has_colour(grid, 1)
+
+
+def test_of_hundreds_of_boxes_the_best_50_are_drawn(tiny_voc: Path):
+    samples = read_split(f"{tiny_voc}:val", ("red", "green"))[:1]
+    best = np.array([[10, 10, 40, 40, 0.9, 0]] * MOST_BOXES, np.float32)
+    others = np.array([[50, 10, 70, 40, 0.8, 1]] * 300, np.float32)
+    names = ["red", "green"]
+    for rows in (np.concatenate((others, best)), np.concatenate((best, others))):
+        grid = detections_picture(samples, [rows], names, 0.5)
+        assert has_colour(grid, 0)
+        assert not has_colour(grid, 1)
+    rows = np.concatenate((others[:1], best[1:]))
+    assert has_colour(detections_picture(samples, [rows], names, 0.5), 1)

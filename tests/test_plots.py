@@ -5,6 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from losses.conf_cells import CellHistogram, ConfCells
@@ -32,11 +33,11 @@ def rows():
     return list(csv.DictReader(io.StringIO(CSV)))
 
 
-def inked_share(path):
+def inked_share(path, below=250):
     """How much of a picture is not white; fails when it is no picture."""
     image = cv2.imread(str(path))
     assert min(image.shape[:2]) >= 400
-    return (image < 250).any(axis=2).mean()
+    return (image.min(axis=2) < below).mean()
 
 
 def test_a_column_holds_only_what_was_measured():
@@ -94,10 +95,29 @@ def test_reliability_is_drawn_for_any_number_of_boxes(count, tmp_path, recwarn):
     bins = reliability(scores, scores > 0.5)
     path = tmp_path / "reliability.png"
     plot_reliability(path, bins, ece=0.1, thresholds={"_$best F1$": 0.4, "other": 0.5})
-    with_lines = inked_share(path)
+    with_lines = inked_share(path, below=50)  # of black
     plot_reliability(path, bins, ece=0.1)
-    assert 0 < inked_share(path) < with_lines
+    assert 0 < inked_share(path, below=50) < with_lines
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("score", [0.0, 0.1, 0.5, 1.0])
+def test_the_legend_of_reliability_lies_over_nothing(score, tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: drawn.append(self) or save(self, *a, **k)
+    )
+    bins = reliability(np.linspace(0.06, 1, 50), np.linspace(0, 1, 50) > 0.5)
+    thresholds = {"best F1 here": score, "the checkpoint's, chosen elsewhere": 0.7}
+    plot_reliability(tmp_path / "reliability.png", bins, ece=0.1, thresholds=thresholds)
+    (figure,) = drawn
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert all(axes.get_legend() is None for axes in figure.axes)
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert {text.get_text() for text in legend.get_texts()} > {f"{score:.3f}  best F1 here"}
 
 
 def cell_histogram(positives, negatives, gamma=0.0):

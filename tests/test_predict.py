@@ -194,6 +194,21 @@ def test_when_nothing_passes_the_highest_score_is_told(monkeypatch, weights, tmp
     assert np.array_equal(read_image(out / "a.png"), read_image(source))
 
 
+def test_a_threshold_that_stands_in_is_told_where_it_is_used(monkeypatch, tmp_path, capsys):
+    source = write_picture(tmp_path / "a.png")
+    for metrics, flags, told in (
+        ({}, {}, 1),
+        ({"f1": 0.0}, {}, 1),
+        ({"f1": 0.6}, {}, 0),
+        ({}, {"conf_threshold": 0.3}, 0),
+    ):
+        weights = write_checkpoint(tmp_path / "own.pt", metrics=metrics)
+        run_main(monkeypatch, weights=weights, source=source, save_dir=tmp_path / "out", **flags)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "stand-in" in line]
+        assert len(lines) == told
+        assert all(f"score >= {THRESHOLD:.4g} is" in line for line in lines)
+
+
 def test_class_thresholds_are_used_and_told(monkeypatch, tmp_path, capsys):
     source, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
     for own, told in (

@@ -24,8 +24,10 @@ def test_code_named_in_a_checkpoint_is_not_run_unless_asked_for_again():
     stored = Config(conf_loss="evil:Loss")
     default = default_for_resume(stored, Path("last.pt"))
     assert default.conf_loss == ""
-    with pytest.raises(UserError, match="evil:Loss"):
-        check_resumed(default, stored, CHANGEABLE)
+    for given in ("", "evil:Loss()", "bce"):
+        refused = dataclasses.replace(default, conf_loss=given)
+        with pytest.raises(UserError, match=r"--resume last\.pt --conf_loss evil:Loss$"):
+            check_resumed(refused, stored, CHANGEABLE)
     asked = dataclasses.replace(default, conf_loss="evil:Loss")
     check_resumed(asked, stored, CHANGEABLE)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.figures import COUNTS, NO_GROUPS, TERMS
 from engine.runlog import COLUMNS, RunLog, new_run_folder, read_metrics
 from utils.errors import UserError
 
@@ -52,6 +53,32 @@ def test_metrics_config_curves_and_events_are_written(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [10, 20]
     assert events.Scalars("val/val_ap50")[0].value == 0.25
+
+
+def test_figures_of_validation_are_filed_under_val(tmp_path):
+    with RunLog(tmp_path, {}) as log:
+        log.epoch(row(1, val_ap50=0.25, val_ap=0.1, f1=0.4, conf_threshold=0.3, ece=0.05))
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert {tag for tag in tags if tag.startswith("val/")} == {
+        *("val/val_loss", "val/val_ap50", "val/val_ap", "val/f1", "val/conf_threshold", "val/ece")
+    }
+    assert not {"train/f1", "train/conf_threshold", "train/ece"} & {*tags}
+
+
+def test_a_measured_alpha_is_filed_at_each_step_and_told_the_first_time(tmp_path):
+    figures = dict.fromkeys((*TERMS, *COUNTS, "grad_norm"), 1.0)
+    other = tmp_path / "other"
+    other.mkdir()
+    with RunLog(tmp_path, {}) as log:
+        told = [log.step(step, figures | {"conf_alpha": 0.99}, NO_GROUPS) for step in (1, 2)]
+        log.epoch(row(1, conf_alpha=0.99))
+    with RunLog(other, {}) as log:
+        assert log.step(1, figures, NO_GROUPS) == ""
+    assert "positives by 0.99, negatives by 0.01" in told[0]
+    assert told[1] == ""
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("step/conf_alpha")] == [1, 2]
+    assert read_metrics(tmp_path / "metrics.csv", 1)[0]["conf_alpha"] == "0.99"
 
 
 def test_a_resumed_log_drops_later_and_cut_rows(tmp_path):

@@ -39,6 +39,7 @@ def test_eight_pictures_are_overfitted(tmp_path):
         ),
         facts={
             "class_names": names,
+            "conf_loss": "bce",
             "anchors": anchors,
             "input_shape": INPUT_SHAPE,
             "scale_xy": SCALE_XY,

@@ -1,9 +1,13 @@
 """The confidence plug in YOLOLoss, and its knobs: each changes its own terms, or is an error."""
 
+import re
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
 
+from losses.confidence import CONF_LOSSES
 from losses.yolo_loss import YOLOLoss
 from tests.reference_loss import ANCHORS
 from tests.test_yolo_loss import SHAPE, make_loss, make_outputs, make_targets, values
@@ -167,7 +171,8 @@ def test_targets_of_another_shape_and_unknown_classes_do_no_harm():
         ({"focal_loss": True, "conf_loss": "focal"}, "both given"),
         ({"conf_loss": "fokal"}, "Did you mean 'focal'"),
         ({"focal_loss": True, "focal_gamma": -1.0}, "gamma"),
-        ({"cls_loss": "softmax"}, "unknown"),
+        ({"cls_loss": "softmax"}, "cls_loss 'softmax' is unknown"),
+        ({"cls_loss": "fo cal"}, "cannot be read"),
         ({"cls_loss": "focal", "label_smoothing": 0.1}, "label_smoothing"),
         ({"cls_loss": "my_losses:Mine"}, "code of your own"),
         ({"cls_loss": "ohem"}, "needs all cells"),
@@ -186,6 +191,29 @@ def test_targets_of_another_shape_and_unknown_classes_do_no_harm():
 def test_a_bad_argument_is_an_error_that_says_so(knobs, message):
     with pytest.raises(UserError, match=message):
         make_loss(**knobs)
+
+
+@pytest.mark.parametrize("spec", ["softmax", "fo cal", "my_losses:Mine", "ohem", "varifocal"])
+def test_a_wrong_class_loss_is_told_the_class_losses_and_no_others(spec):
+    with pytest.raises(UserError) as error:
+        make_loss(cls_loss=spec)
+    allowed = str(error.value).partition("Allowed: ")[2]
+    able = set()
+    for name in CONF_LOSSES:
+        with suppress(UserError):
+            make_loss(cls_loss=name)
+            able.add(name)
+    assert {"bce", "focal", "poly1"} <= able
+    assert "ghm" not in able
+    assert set(re.findall(r"(\w+)\(", allowed)) == able
+    assert "module:Class" not in allowed
+    assert "gain=" not in allowed
+
+
+def test_a_wrong_key_of_a_class_loss_is_told_the_keys_but_no_setting_of_the_confidence():
+    with pytest.raises(UserError, match=r"cls_loss: .*'gama'.*focal\(alpha.*'gamma'") as error:
+        make_loss(cls_loss="focal(gama=1)")
+    assert "gain" not in str(error.value)
 
 
 def test_anchors_that_are_not_nine_pairs_are_an_error():

@@ -17,12 +17,13 @@ from tools.compare_plan import read_json
 from tools.compare_results import Result
 from utils.draw import draw_boxes
 from utils.image import read_image
-from utils.plots import clean, column, plot_cumulative_loss
+from utils.plots import clean, column, plain, plot_cumulative_loss
 from utils.voc import Sample
 
 DPI = 110
 PICTURES = 4
 PICTURE_SIDE = 320  # pixels, of the longer side of a detected picture
+MOST_BOXES = 50  # drawn in a picture: an unripe detector finds hundreds, which would hide it
 GROUPS = {"positive": "#1b7837", "hard": "#d95f02", "easy": "#bdbdbd"}
 
 
@@ -136,17 +137,25 @@ def draw_truth(samples: Sequence[Sample], class_names: Sequence[str]) -> list[np
     return drawn
 
 
-def draw_detected(result: Result, samples: Sequence[Sample]) -> tuple[list[np.ndarray], float]:
-    """The pictures, made small, with what the run's best.pt finds, and the score it asks for."""
+def draw_detected(result: Result, samples: Sequence[Sample]) -> tuple[list[np.ndarray], str]:
+    """The pictures, made small, with what the run's best.pt finds, and a word on which boxes."""
     device = (read_json(result.run.folder / "config.json") or {}).get("device") or None
     predictor = Predictor(result.run.folder / "best.pt", device=device)
     images = [read_image(sample.image_path) for sample in samples]
+    detections = predictor(images)
     drawn = []
-    for image, found in zip(images, predictor(images), strict=True):
+    for image, found in zip(images, detections, strict=True):
         picture, factor = small(image)
-        boxes, names = found.boxes_xyxy * factor, found.class_names
-        drawn.append(draw_boxes(picture, boxes, found.class_ids, names, scores=found.scores))
-    return drawn, predictor.conf_threshold
+        best = np.argsort(-found.scores, kind="stable")[:MOST_BOXES]
+        boxes, scores = found.boxes_xyxy[best] * factor, found.scores[best]
+        drawn.append(
+            draw_boxes(picture, boxes, found.class_ids[best], found.class_names, scores=scores)
+        )
+    which = f"score ≥ {predictor.conf_threshold:.3g}"
+    most = max((len(found.scores) for found in detections), default=0)
+    if most > MOST_BOXES:
+        which += f"; of up to {most} boxes in a picture only the best {MOST_BOXES} are drawn"
+    return drawn, which
 
 
 def small(image: np.ndarray) -> tuple[np.ndarray, float]:
@@ -162,9 +171,3 @@ def finish(axes: Axes) -> None:
     """Whole epochs, a light grid, no box around."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     clean(axes)
-
-
-def plain(text: str) -> str:
-    """A label as it stands: "$" would start mathematics, and "_" in front hide it."""
-    text = text.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text

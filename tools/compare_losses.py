@@ -3,14 +3,16 @@
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from engine.runlog import lock
-from losses.confidence import build_conf_loss
+from losses.confidence import build_conf_loss, conf_settings
+from tools.compare_lock import folder_lock
 from tools.compare_plan import (
     Plan,
+    as_spelled,
     check_distinct,
     join_plans,
     parse_flags,
@@ -18,9 +20,13 @@ from tools.compare_plan import (
     write_plan,
 )
 from tools.compare_report import write_reports
+from tools.compare_results import read_results
 from tools.compare_runs import ROOT, Laboratory
+from tools.compare_sources import settings_difference
 from utils.errors import UserError, run_script
 from utils.voc import read_class_names, scan_split
+
+REPORT_FLAGS = {"report_only", "losses", "save_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Config:
     epochs: int = 300  # of each run
     save_dir: str = "logs/compare"  # folder of the comparison; the same command goes on there
     jobs: int = 1  # runs at a time, which share the cores; 1 on a GPU
-    report_only: bool = False  # only write the reports of save_dir, finished or not
+    report_only: bool = False  # only write save_dir's reports: of all losses, or of --losses
 
 
 def main() -> None:
@@ -46,27 +52,27 @@ def main() -> None:
     )
     save_dir = Path(config.save_dir)
     if config.report_only:
-        report(save_dir)
+        report(save_dir, losses_to_report(config, sys.argv[1:]))
         return
     plan = plan_of(config, rest)
     check_inputs(plan, config.jobs)
     make_folder(save_dir)
-    lock(save_dir / "comparing.pid")
-    try:
+    with folder_lock(save_dir) as held:
         write_plan(save_dir, whole_plan(plan, save_dir))
-        failures = carry_out(plan, save_dir, jobs=config.jobs)
-    finally:
-        (save_dir / "comparing.pid").unlink(missing_ok=True)
+        for note in changed_settings(plan, save_dir):
+            print(f"note: {note}")
+        failures = carry_out(plan, save_dir, jobs=config.jobs, held=held)
     report(save_dir)
     if failures:
         raise UserError("\n".join(["not all runs are finished:", *failures]))
 
 
 def plan_of(config: Config, rest: list[str]) -> Plan:
-    """The plan that this command line gives."""
+    """The plan that this command line gives, its losses spelled as in the folder's plan."""
+    old = read_plan(Path(config.save_dir))
     flags = {"train": [config.train], "val": [config.val], "epochs": [str(config.epochs)]}
     plan = Plan(
-        losses=tuple(loss.strip() for loss in config.losses),
+        losses=as_spelled(config.losses, old.losses if old else ()),
         seeds=config.seeds,
         test=config.test,
         flags=flags | parse_flags(rest),
@@ -110,9 +116,23 @@ def whole_plan(plan: Plan, save_dir: Path) -> Plan:
     return join_plans(old, plan, save_dir)
 
 
-def carry_out(plan: Plan, save_dir: Path, *, jobs: int) -> list[str]:
+def changed_settings(plan: Plan, save_dir: Path) -> list[str]:
+    """A sentence for each loss that declares now what its earlier runs were not trained with."""
+    notes = []
+    results = read_results(plan, save_dir)
+    for loss in plan.losses:
+        own = (result for result in results if result.run.loss == loss and result.settings)
+        earlier = {f"seed {result.run.seed}": result.settings for result in own}
+        now = conf_settings(build_conf_loss(loss))._asdict()
+        found = settings_difference({**earlier, "now": now})
+        if found:
+            notes.append(f"{loss} was trained with other settings before: {found}.")
+    return notes
+
+
+def carry_out(plan: Plan, save_dir: Path, *, jobs: int, held: Sequence[int] = ()) -> list[str]:
     """Train and evaluate what is unfinished. Returns what failed; exits with 130 when stopped."""
-    laboratory = Laboratory(plan, save_dir, jobs=jobs)
+    laboratory = Laboratory(plan, save_dir, jobs=jobs, held=held)
     total, done = len(laboratory.runs), len(laboratory.finished)
     print(f"{total} runs of {plan.epochs} epochs, {done} finished; they are in {save_dir / 'runs'}")
     if not laboratory.work():
@@ -121,12 +141,34 @@ def carry_out(plan: Plan, save_dir: Path, *, jobs: int) -> list[str]:
     return laboratory.failures
 
 
-def report(save_dir: Path) -> None:
-    """Write the reports of a folder's plan."""
+def losses_to_report(config: Config, typed: Sequence[str]) -> tuple[str, ...]:
+    """The losses that were typed, () for all. Raises UserError for flags that a report ignores."""
+    flags = parse_flags(typed)
+    unused = [name for name in flags if name not in REPORT_FLAGS]
+    if unused:
+        raise UserError(
+            f"--report_only trains nothing: leave --{unused[0]} out. It takes --save_dir, whose "
+            "plan.json says the rest, and --losses, those that the report shall hold."
+        )
+    return config.losses if "losses" in flags else ()
+
+
+def report(save_dir: Path, losses: Sequence[str] = ()) -> None:
+    """Write the reports of a folder's plan: of all losses, or of these, compared to the first."""
     plan = read_plan(save_dir)
     if plan is None:
         raise UserError(f"{save_dir} holds no plan.json. Give the --save_dir of a comparison.")
-    write_reports(plan, save_dir)
+    chosen = as_spelled(losses, plan.losses) or plan.losses
+    unknown = [loss for loss in chosen if loss not in plan.losses]
+    if unknown:
+        raise UserError(
+            f"{save_dir} has no runs of {unknown[0]!r}. It has {', '.join(plan.losses)}."
+        )
+    shown = dataclasses.replace(plan, losses=chosen)
+    check_distinct(shown)
+    left_out = [loss for loss in plan.losses if loss not in chosen]
+    for note in write_reports(shown, save_dir, left_out=left_out):
+        print(f"note: {note}")
     print(f"wrote results.csv, results.md and report.html to {save_dir}")
 
 

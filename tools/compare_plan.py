@@ -1,14 +1,16 @@
 """What tools.compare_losses is to train: its runs, their folders, and plan.json."""
 
+import ast
 import json
 import re
 import shlex
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from losses.confidence import SPEC
 from utils.errors import UserError
 
 # These of train.py are the plan's own: each run gets other values.
@@ -16,6 +18,7 @@ OWN_FLAGS = {
     *("conf_loss", "focal_loss", "no_focal_loss", "focal_alpha", "focal_gamma"),
     *("seed", "resume"),
 }
+UNKNOWN_VERSION = "unknown"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,16 @@ class Run:
     def test_folder(self) -> Path:
         """Where evaluate.py writes about the test split."""
         return self.folder.with_name(f"{self.folder.name}-test")
+
+    @property
+    def source_hash(self) -> Path:
+        """Says which version of the user's file the loss was in when the training began."""
+        return self.folder.with_name(f"{self.folder.name}.sha256")
+
+    @property
+    def failure(self) -> Path:
+        """Says how the last attempt failed; absent when it did not."""
+        return self.folder.with_name(f"{self.folder.name}.failed")
 
     def evaluation(self) -> dict[str, Any] | None:
         """evaluation.json of the test split; None until the run is finished."""
@@ -87,6 +100,32 @@ def slug(loss: str) -> str:
     return readable if readable == loss else f"{readable}-{zlib.crc32(loss.encode()):08x}"
 
 
+def normal_spec(loss: str) -> str:
+    """What two spellings of a loss have in common: no spaces, no empty brackets, sorted keys.
+
+    What cannot be read stays as it is: building the loss says what is wrong with it.
+    """
+    match = SPEC.fullmatch(loss)
+    if match is None:
+        return loss
+    module, name, arguments = match.groups()
+    try:
+        call = ast.parse(f"f({arguments or ''}\n)", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return loss
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        return loss
+    call.keywords.sort(key=lambda pair: pair.arg or "")
+    own = "" if module is None else f"{module}:"
+    return f"{own}{name}{ast.unparse(call).removeprefix('f').removesuffix('()')}"
+
+
+def as_spelled(losses: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
+    """The losses, each as it stands among the known ones if it differs in spelling only."""
+    spelling = {normal_spec(loss): loss for loss in known}
+    return tuple(spelling.get(normal_spec(loss), loss.strip()) for loss in losses)
+
+
 def parse_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     """train.py's flags as name -> values, `--lr 1`, `--lr=1` and `--save-dir` alike.
 
@@ -120,13 +159,15 @@ def as_arguments(flags: Mapping[str, Sequence[str]]) -> list[str]:
 
 def check_distinct(plan: Plan) -> None:
     """Raise UserError for a loss or a seed that stands in the plan twice, or for none at all."""
+    same = {"losses": [normal_spec(loss) for loss in plan.losses], "seeds": plan.seeds}
     for name, given in (("losses", plan.losses), ("seeds", plan.seeds)):
         if not given:
             raise UserError(f"--{name} is empty: give at least one.")
-        keys = ["".join(str(value).split()) for value in given]
-        twice = [value for value, key in zip(given, keys, strict=True) if keys.count(key) > 1]
+        twice = [
+            value for value, key in zip(given, same[name], strict=True) if same[name].count(key) > 1
+        ]
         if twice:
-            raise UserError(f"--{name} names {twice[-1]!r} twice (spaces do not count).")
+            raise UserError(f"--{name} names {twice[-1]!r} twice: {', '.join(map(str, given))}.")
     if min(plan.seeds) < 0:
         raise UserError(f"--seeds {min(plan.seeds)}: give 0 or more.")
 
@@ -146,15 +187,21 @@ def join_plans(old: Plan, new: Plan, save_dir: Path) -> Plan:
                 f"{_typed(name, now)}. Runs of one comparison differ in loss and seed only: give "
                 "the same again, or another --save_dir."
             )
-    joined = replace(
+    losses = as_spelled(new.losses, old.losses)
+    return replace(
         old,
-        losses=(*old.losses, *(loss for loss in new.losses if loss not in old.losses)),
-        seeds=(*old.seeds, *(seed for seed in new.seeds if seed not in old.seeds)),
+        losses=tuple(dict.fromkeys((*old.losses, *losses))),
+        seeds=tuple(dict.fromkeys((*old.seeds, *new.seeds))),
+        version=join_versions(old.version, new.version),
     )
-    check_distinct(joined)
-    if new.version in old.version.split(" and "):
-        return joined
-    return replace(joined, version=f"{old.version} and {new.version}")
+
+
+def join_versions(old: str, new: str) -> str:
+    """ "v1 and v2": all that had a part in it; UNKNOWN_VERSION for one that git does not know."""
+    if old == new:
+        return old
+    versions = (*(old or UNKNOWN_VERSION).split(" and "), new or UNKNOWN_VERSION)
+    return " and ".join(dict.fromkeys(versions))
 
 
 def _typed(name: str, flags: Mapping[str, Sequence[str]]) -> str:

@@ -4,7 +4,6 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -18,31 +17,27 @@ from tools.compare_figures import (
     plot_shares,
 )
 from tools.compare_plan import Plan, read_json, write_text
-from tools.compare_results import (
-    Result,
-    by_seed,
-    columns,
-    difference,
-    difference_text,
-    read_results,
-    spread,
-    spread_text,
-    write_csv,
-)
+from tools.compare_results import Result, read_results, write_csv
+from tools.compare_sources import settings_difference
+from tools.compare_tables import Table, all_tables
+from utils.calibration import CALIBRATION_FLOOR
 from utils.errors import UserError
-from utils.voc import read_class_names, scan_split
+from utils.voc import Sample, read_class_names, scan_split
 
 JPEG_QUALITY = 80
 HOW_TO_READ = (
     "± is the sample standard deviation over the seeds. A difference is the mean over the seeds "
     "of loss minus first loss at the same seed, which gives both the same initial weights (but "
-    "for a declared prior) and the same batches; in brackets its 95% confidence interval "
-    '(Student\'s t). "yes": 0 lies outside it, the difference exceeds the noise between seeds; '
-    "of twenty comparisons without any difference, one says yes by chance.",
+    "for a declared prior) and the same batches, so it pairs the seeds that both have finished; in "
+    'brackets its 95% confidence interval (Student\'s t). "yes": 0 lies outside it, the difference '
+    "exceeds the noise between seeds; of twenty comparisons without any difference, one says yes "
+    "by chance.",
     "AP50: VOC, all points; AP: COCO, .50 to .95. best F1 and its score are chosen on the test "
     "split itself; F1 as stored is what detection gives at the threshold stored in the "
     "checkpoint, which the validation split has chosen. ECE: expected calibration error of the "
-    "scores. ms a step: median over epochs, as fast as the machine was just then.",
+    f"boxes of score {CALIBRATION_FLOOR:g} or more. ms a step: median over epochs, as fast as the "
+    'machine was just then. A "-" was not measured: no run is finished, or none has a box of '
+    "such a score (ECE), or the split has no object of the class.",
 )
 # Title, file, how it is drawn, caption.
 FIGURES = (
@@ -91,14 +86,11 @@ figure img { min-width: 36rem; max-width: 100%; background: #fff; padding: .5rem
 """
 
 
-class Table(NamedTuple):
-    title: str
-    header: list[str]
-    rows: list[list[str]]
+def write_reports(plan: Plan, save_dir: Path, *, left_out: Sequence[str] = ()) -> list[str]:
+    """All reports of what the runs have left so far. Returns what a reader has to know of them.
 
-
-def write_reports(plan: Plan, save_dir: Path) -> None:
-    """All reports of what the runs have left so far."""
+    left_out: losses of the folder that the plan does not hold.
+    """
     results = read_results(plan, save_dir)
     write_csv(save_dir / "results.csv", results)
     grouped = {loss: [own for own in results if own.run.loss == loss] for loss in plan.losses}
@@ -107,65 +99,53 @@ def write_reports(plan: Plan, save_dir: Path) -> None:
         for title, name, plot, caption in FIGURES
         if plot(save_dir / name, grouped)
     ]
-    tables = [figures_table(plan, results)]
-    if len(plan.losses) > 1:
-        tables.append(differences_table(plan, results))
-    head = summary(plan, results)
+    tables = all_tables(plan, save_dir, results)
+    notes = settings_notes(grouped)
+    if left_out:
+        notes.append(f"Left out of this report: {', '.join(left_out)}.")
+    head = [summary(plan, results), *notes]
     write_text(save_dir / "results.md", markdown(plan, save_dir, head, tables, drawn))
     sections = [figure_section(save_dir, *figure) for figure in drawn]
     sections.append(pictures_section(plan, grouped))
     write_text(save_dir / "report.html", page(plan, save_dir, head, tables, sections))
+    return notes
 
 
 def summary(plan: Plan, results: Sequence[Result]) -> str:
     """What was compared, and how much of it there is."""
     done, total = sum(result.finished for result in results), len(results)
     version = f", version {plan.version}" if plan.version else ""
+    seeds = ", ".join(map(str, plan.seeds))
     return (
         f"{done} of {total} runs are finished: {len(plan.losses)} confidence losses, "
-        f"{len(plan.seeds)} seeds, {plan.epochs} epochs each; tested on {plan.test}{version}."
+        f"seeds {seeds}, {plan.epochs} epochs each; tested on {plan.test}{version}."
     )
 
 
-def figures_table(plan: Plan, results: Sequence[Result]) -> Table:
-    """A line a loss: mean and spread over the seeds."""
-    names = columns(results)
-    rows = []
-    for loss in plan.losses:
-        seeds = sum(result.finished for result in results if result.run.loss == loss)
-        values = (list(by_seed(results, loss, name).values()) for name in names)
-        texts = (spread_text(spread(own), name) for own, name in zip(values, names, strict=True))
-        rows.append([loss, str(seeds), *texts])
-    return Table("Mean and spread over the seeds", ["loss", "seeds", *names], rows)
-
-
-def differences_table(plan: Plan, results: Sequence[Result]) -> Table:
-    """A line for each loss but the first: the paired difference to that one."""
-    names, (first, *others) = columns(results), plan.losses
-    rows = [
-        [
-            loss,
-            *(
-                difference_text(
-                    difference(by_seed(results, loss, name), by_seed(results, first, name)), name
-                )
-                for name in names
-            ),
-        ]
-        for loss in others
-    ]
-    return Table(f"Difference to {first}", ["loss", *names], rows)
+def settings_notes(grouped: Mapping[str, Sequence[Result]]) -> list[str]:
+    """What is known of losses whose runs were not all trained with the same settings."""
+    losses: dict[str, list[str]] = {}
+    for loss, results in grouped.items():
+        begun = (result for result in results if result.begun)
+        found = settings_difference({f"seed {own.run.seed}": own.settings for own in begun})
+        losses.setdefault(found, []).append(loss)
+    notes = []
+    for found, own in losses.items():
+        verb = "may differ" if found.startswith("not recorded") else "differ"
+        if found:
+            notes.append(f"Settings {verb} between the seeds of {', '.join(own)}: {found}.")
+    return notes
 
 
 def markdown(
     plan: Plan,
     save_dir: Path,
-    head: str,
+    head: Sequence[str],
     tables: Sequence[Table],
     figures: Sequence[tuple[str, str, str]],
 ) -> str:
     """results.md; its pictures lie beside it."""
-    parts = ["# Confidence losses compared", head, f"```sh\n{plan.command(save_dir)}\n```"]
+    parts = ["# Confidence losses compared", *head, f"```sh\n{plan.command(save_dir)}\n```"]
     parts += [markdown_table(table) for table in tables]
     parts += HOW_TO_READ
     parts += [f"## {title}\n\n![{title}]({name})\n\n{caption}" for title, name, caption in figures]
@@ -175,19 +155,26 @@ def markdown(
 def markdown_table(table: Table) -> str:
     """A table under its title."""
     lines = [table.header, ["---"] * len(table.header), *table.rows]
-    escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+    escaped = (
+        [html.escape(cell, quote=False).replace("|", r"\|").replace("\n", "<br>") for cell in line]
+        for line in lines
+    )
     text = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
     return f"### {table.title}\n\n{text}"
 
 
 def page(
-    plan: Plan, save_dir: Path, head: str, tables: Sequence[Table], sections: Sequence[str]
+    plan: Plan,
+    save_dir: Path,
+    head: Sequence[str],
+    tables: Sequence[Table],
+    sections: Sequence[str],
 ) -> str:
     """report.html."""
     body = "\n".join(
         (
             "<h1>Confidence losses compared</h1>",
-            f"<p>{html.escape(head)}</p>",
+            *(f"<p>{html.escape(text)}</p>" for text in head),
             f"<pre>{html.escape(plan.command(save_dir))}</pre>",
             "<h2>On the test split</h2>",
             *(html_table(table) for table in tables),
@@ -215,12 +202,11 @@ def html_table(table: Table) -> str:
 
 
 def html_cell(text: str) -> str:
-    """Of a difference, which has a sign, what follows the mean goes below; "yes" makes it bold."""
-    mean, _, rest = text.partition(" ")
-    if not rest or text[0] not in "+-":
-        return f"<td>{html.escape(text)}</td>"
-    style = ' class="yes"' if rest.endswith("] yes") else ""
-    return f'<td{style}>{mean}<span class="small">{html.escape(rest)}</span></td>'
+    """All lines but the first are small, a spread, too; what exceeds the noise is bold."""
+    first, *others = html.escape(text).replace(" ± ", "\n± ").split("\n")
+    below = "".join(f'<span class="small">{line}</span>' for line in others)
+    style = ' class="yes"' if text == "yes" or text.endswith(": yes") else ""
+    return f"<td{style}>{first}{below}</td>"
 
 
 def figure_section(save_dir: Path, title: str, name: str, caption: str) -> str:
@@ -251,13 +237,20 @@ def pictures_section(plan: Plan, grouped: Mapping[str, Sequence[Result]]) -> str
         samples, _ = scan_split(plan.test, names, skip_bad=config["skip_bad"])
         samples = choose_pictures(samples)
         rows = [picture_row("the objects", draw_truth(samples, names))]
-        for result in chosen:
-            pictures, threshold = draw_detected(result, samples)
-            rows.append(picture_row(f"{result.run}: score ≥ {threshold:.3f}", pictures))
     except (UserError, KeyError) as error:  # the data may have moved since
         return f"{title}\n<p>No pictures: {html.escape(str(error))}</p>"
+    rows += [detected_row(result, samples) for result in chosen]
     note = "Each loss at the threshold stored in its checkpoint."
     return "\n".join((title, f"<p>{note}</p>", *rows))
+
+
+def detected_row(result: Result, samples: Sequence[Sample]) -> str:
+    """What a run detects, or why there is nothing to show."""
+    try:
+        pictures, which = draw_detected(result, samples)
+    except UserError as error:  # best.pt may have gone
+        return f"<h3>{html.escape(str(result.run))}</h3>\n<p>{html.escape(str(error))}</p>"
+    return picture_row(f"{result.run}: {which}", pictures)
 
 
 def picture_row(title: str, pictures: Sequence[np.ndarray]) -> str:

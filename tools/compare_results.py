@@ -4,12 +4,15 @@ import csv
 import io
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.runlog import read_metrics
 from tools.compare_plan import Plan, Run, read_json, write_text
+from utils.plots import number
 
 # Student's t, 97.5% quantile, by degrees of freedom from 1 on: 95% confidence, two-sided.
 T_QUANTILES = (
@@ -19,6 +22,7 @@ T_QUANTILES = (
 )
 STEP_TIME = "ms a step"
 NOT_MEASURED = "-"
+MAX_DIGITS = 6
 
 
 @dataclass(frozen=True)
@@ -26,14 +30,22 @@ class Result:
     """What a run has left so far.
 
     figures: of the test split and the step time, by the names of the report's columns; those that
-    were not measured are absent. rows: metrics.csv. cells: conf_cells.json, None without.
+    were not measured are absent. failure: how the last attempt failed, "" if it did not.
+    rows: metrics.csv. cells: conf_cells.json, None without. settings: what the loss declared, None
+    for a run that has not begun or is older than their record.
     """
 
     run: Run
     finished: bool
+    failure: str
     figures: Mapping[str, float]
     rows: Sequence[Mapping[str, str]]
     cells: Mapping[str, Any] | None
+    settings: Mapping[str, Any] | None
+
+    @property
+    def begun(self) -> bool:
+        return self.finished or bool(self.rows)
 
 
 class Spread(NamedTuple):
@@ -49,12 +61,13 @@ class Difference(NamedTuple):
     mean: float
     low: float
     high: float
+    pairs: int
 
     @property
     def verdict(self) -> str:
         """Whether 0 lies outside the interval."""
-        if math.isnan(self.low):
-            return "one seed: unknown"
+        if self.pairs == 1:
+            return "unknown"
         return "no" if self.low <= 0 <= self.high else "yes"
 
 
@@ -65,17 +78,25 @@ def read_results(plan: Plan, save_dir: Path) -> list[Result]:
 
 def read_result(run: Run) -> Result:
     """A run's folder as a Result."""
-    rows, evaluation = read_rows(run.folder / "metrics.csv"), run.evaluation()
+    evaluation = run.evaluation()
+    rows = read_metrics(run.folder / "metrics.csv", last_epoch=sys.maxsize)
     figures = {} if evaluation is None else test_figures(evaluation)
     if evaluation is not None:
         figures[STEP_TIME] = step_time(rows)
     return Result(
         run=run,
         finished=evaluation is not None,
+        failure="" if evaluation is not None else read_text(run.failure),
         figures={name: value for name, value in figures.items() if math.isfinite(value)},
         rows=rows,
         cells=read_json(run.folder / "conf_cells.json"),
+        settings=(read_json(run.folder / "config.json") or {}).get("conf_settings"),
     )
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, "" if there is none."""
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def test_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -93,15 +114,6 @@ def test_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a metrics.csv; one that a crash cut off is left out."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
-    except OSError:
-        return []
-
-
 def step_time(rows: Sequence[Mapping[str, str]]) -> float:
     """Median over epochs of the milliseconds a step, evaluation apart; nan without an epoch."""
     steps = [int(row["step"]) for row in rows]
@@ -112,11 +124,6 @@ def step_time(rows: Sequence[Mapping[str, str]]) -> float:
         if count > 0
     ]
     return statistics.median(times) if times else math.nan
-
-
-def number(value: Any) -> float:
-    """A float; nan for None and for the empty field of a table."""
-    return math.nan if value in (None, "") else float(value)
 
 
 def columns(results: Iterable[Result]) -> list[str]:
@@ -151,32 +158,35 @@ def difference(own: Mapping[int, float], first: Mapping[int, float]) -> Differen
     mean, deviation = spread(pairs)
     degrees = min(len(pairs) - 1, len(T_QUANTILES))  # beyond 30 the interval is a little too wide
     margin = T_QUANTILES[degrees - 1] * deviation / math.sqrt(len(pairs))  # nan for one pair
-    return Difference(mean, mean - margin, mean + margin)
+    return Difference(mean, mean - margin, mean + margin, len(pairs))
 
 
 def spread_text(found: Spread | None, name: str) -> str:
     """ "0.812 ± 0.004", without a spread for one seed."""
     if found is None:
         return NOT_MEASURED
-    digits = digits_of(name)
-    text = f"{found.mean:.{digits}f}"
-    return text if math.isnan(found.deviation) else f"{text} ± {found.deviation:.{digits}f}"
+    if math.isnan(found.deviation):
+        return f"{found.mean:.{digits_of(name)}f}"
+    digits = digits_of(name, found.deviation)
+    return f"{found.mean:.{digits}f} ± {found.deviation:.{digits}f}"
 
 
 def difference_text(found: Difference | None, name: str) -> str:
-    """ "+0.012 [-0.003, +0.027] no": mean, interval, and whether it exceeds the noise."""
+    """ "+0.012", and in lines of their own "[-0.003, +0.027]" and "3 pairs"."""
     if found is None:
         return NOT_MEASURED
-    digits = digits_of(name)
-    text = f"{found.mean:+.{digits}f}"
-    if not math.isnan(found.low):
-        text += f" [{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
-    return f"{text} {found.verdict}"
+    if found.pairs == 1:
+        return f"{found.mean:+.{digits_of(name, found.mean)}f}\n1 pair"
+    digits = digits_of(name, *found[:3])
+    mean, low, high = (f"{value:+.{digits}f}" for value in found[:3])
+    return f"{mean}\n[{low}, {high}]\n{found.pairs} pairs"
 
 
-def digits_of(name: str) -> int:
-    """Decimals worth printing."""
-    return 1 if name == STEP_TIME else 3
+def digits_of(name: str, *values: float) -> int:
+    """Decimals worth printing: so many that none of the values, unless it is 0, becomes 0."""
+    usual = 1 if name == STEP_TIME else 3
+    needed = [-math.floor(math.log10(abs(value))) for value in values if value]
+    return min(max(usual, *needed), MAX_DIGITS) if needed else usual
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
@@ -184,9 +194,9 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
     names = columns(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["loss", "seed", "finished", *names])
+    writer.writerow(["loss", "seed", "finished", "failure", *names])
     for result in results:
         run, found = result.run, result.figures
         values = (found.get(name, "") for name in names)
-        writer.writerow([run.loss, run.seed, int(result.finished), *values])
+        writer.writerow([run.loss, run.seed, int(result.finished), result.failure, *values])
     write_text(path, text.getvalue())

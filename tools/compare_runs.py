@@ -16,8 +16,9 @@ from tqdm import tqdm
 from engine.runlog import is_running
 from engine.stop import stop_on_signal
 from tools.compare_plan import Plan, Run, as_arguments, read_json
-from tools.compare_results import number
+from tools.compare_sources import check_source, record_source, source_hash
 from utils.errors import UserError
+from utils.plots import number
 
 ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
@@ -28,14 +29,26 @@ EVALUATION_FLAGS = ("device", "batch_size", "num_workers", "skip_bad", "include_
 
 
 class Child:
-    """The process that works on a run: its training, then its evaluation."""
+    """The process that works on a run: its training, then its evaluation.
 
-    def __init__(self, run: Run, command: Sequence[str], *, threads: int, evaluates: bool):
+    held: file descriptors that it keeps open, those of the folder's lock.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        command: Sequence[str],
+        *,
+        threads: int,
+        evaluates: bool,
+        held: Sequence[int] = (),
+    ):
         self.run, self.evaluates = run, evaluates
         # A bar of each child would fill its log; one thread too many makes all of them slow.
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         environment |= {"TQDM_MININTERVAL": "60", "PYTHONUNBUFFERED": "1"}
         run.log.parent.mkdir(parents=True, exist_ok=True)
+        run.failure.unlink(missing_ok=True)
         with open(run.log, "a", encoding="utf-8") as log:
             print("\n$ python", *command, file=log, flush=True)
             # A session of its own: Ctrl-C in the terminal reaches the parent only, which asks each
@@ -47,6 +60,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
+                pass_fds=held,
             )
 
     def stop(self) -> None:
@@ -57,16 +71,23 @@ class Child:
 
 
 class Laboratory:
-    """Trains and evaluates a plan's unfinished runs, `jobs` at a time."""
+    """Trains and evaluates a plan's unfinished runs, `jobs` at a time.
 
-    def __init__(self, plan: Plan, save_dir: Path, *, jobs: int):
-        self.plan, self.jobs = plan, jobs
+    held: see Child. Raises UserError for a run that a process left over still trains, and for one
+    of another version of the user's own loss.
+    """
+
+    def __init__(self, plan: Plan, save_dir: Path, *, jobs: int, held: Sequence[int] = ()):
+        self.plan, self.jobs, self.held = plan, jobs, held
         self.runs = plan.runs(save_dir)
         self.finished = {run for run in self.runs if run.evaluation() is not None}
         self.waiting = deque(run for run in self.runs if run not in self.finished)
         self.children: list[Child] = []
         self.failures: list[str] = []
         self.stop_requested = False
+        self.sources = {loss: source_hash(loss) for loss in plan.losses}
+        for run in self.runs:
+            check_source(run, self.sources[run.loss])
         for run in self.waiting:
             check_free(run)
 
@@ -104,11 +125,22 @@ class Laboratory:
         """Start runs while there is room."""
         while self.waiting and len(self.children) < self.jobs:
             run = self.waiting.popleft()
+            self._check_unchanged(run.loss)
+            record_source(run, self.sources[run.loss])
             self._start(run, train_command(run, self.plan), evaluates=False)
+
+    def _check_unchanged(self, loss: str) -> None:
+        """Raise UserError if the user's file was edited since this comparison was started."""
+        if source_hash(loss) != self.sources[loss]:
+            raise UserError(
+                f"the file of {loss} has changed while the comparison was running. Bring the old "
+                "file back and start again, or put the new formula into a file of its own."
+            )
 
     def _start(self, run: Run, command: Sequence[str], *, evaluates: bool) -> None:
         threads = max(1, cores() // self.jobs)
-        self.children.append(Child(run, command, threads=threads, evaluates=evaluates))
+        child = Child(run, command, threads=threads, evaluates=evaluates, held=self.held)
+        self.children.append(child)
 
     def _reap(self) -> None:
         """Take in the children that have ended: a trained run is evaluated next."""
@@ -127,7 +159,9 @@ class Laboratory:
     def _evaluated(self, run: Run) -> None:
         evaluation = run.evaluation()
         if evaluation is None:
-            self.failures.append(f"{run}: evaluate.py has left no {run.test_folder}")
+            how = "left no evaluation.json"
+            run.failure.write_text(how, encoding="utf-8")
+            self.failures.append(f"{run} {how}, see {run.log}")
             return
         self.finished.add(run)
         tqdm.write(f"{run}: AP50 {number(evaluation['AP50']):.4f} on {self.plan.test}")
@@ -136,6 +170,7 @@ class Laboratory:
         """Show the log's end. The other runs go on, unless theirs would end in the same way."""
         status, run = child.process.returncode, child.run
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        run.failure.write_text(how, encoding="utf-8")
         message = f"{run} {how}; the end of {run.log}:\n{log_end(run.log)}"
         # train.py writes config.json once it has found flags and data in order.
         if status == USER_ERROR and not (run.folder / "config.json").exists():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,15 @@ CALIBRATION_BINS = 10  # equally wide in score
 # Calibration counts detections from this score on. Evaluation keeps boxes from .001 on, thousands
 # of them nearly all false at scores near 0: with them every detector would look calibrated.
 CALIBRATION_FLOOR = 0.05
+
+
+def is_measured(metrics: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's conf_threshold is one of best F1, not DEFAULT_THRESHOLD standing in.
+
+    metrics: the checkpoint's. Before the first evaluation, and while none finds an object, there
+    is nothing to choose by.
+    """
+    return bool(metrics.get("f1"))
 
 
 class OperatingPoint(NamedTuple):

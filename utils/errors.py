@@ -1,7 +1,7 @@
 """One kind of error for everything that a user can mend."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(ValueError):
@@ -21,3 +21,9 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def summarise(names: Sequence[str], limit: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = [f"{len(names) - limit} more"] if len(names) > limit else []
+    return ", ".join([*names[:limit], *more])

@@ -86,7 +86,7 @@ def plot_precision_recall(
     colours = colormaps["tab10" if len(ranked) <= 10 else "tab20"].colors
     for index, name in enumerate(ranked):
         style = {"color": "0.75", "linewidth": 0.7} if many else {"color": colours[index]}
-        label = None if many else f"{average_precisions[name]:.3f}  {_plain(name)}"
+        label = None if many else f"{average_precisions[name]:.3f}  {plain(name)}"
         axes.plot(RECALL_GRID, envelope(*curves[name]), label=label, **style)
     if ranked:
         mean = np.mean([envelope(*curves[name]) for name in ranked], axis=0)
@@ -129,7 +129,9 @@ def plot_reliability(
     counted = f"{int(count.sum())} boxes of score >= {CALIBRATION_FLOOR:g}"
     error = f"Expected calibration error {ece:.3f}, " if count.any() else ""
     axes.set(title=error + counted, ylabel="precision", ylim=(0, 1.02))
-    axes.legend(loc="upper left", frameon=False)
+    # Outside: the points, the bars and the lines of thresholds may be anywhere inside.
+    place = {"loc": "outside lower center", "ncols": 2, "frameon": False}
+    figure.legend(*axes.get_legend_handles_labels(), **place)
     below.set(xlabel="score", ylabel="boxes", xlim=(0, 1))
     below.set(yscale="log" if count.any() else "linear", ylim=(0.5, 2 * max(1, count.max())))
     figure.savefig(path, dpi=DPI)
@@ -157,7 +159,7 @@ def plot_cumulative_loss(path: str | Path, histograms: Mapping[str, Mapping[str,
 
 def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and values of the rows where a number was measured."""
-    points = [(float(row["epoch"]), _number(row.get(key))) for row in rows]
+    points = [(float(row["epoch"]), number(row.get(key))) for row in rows]
     measured = [(epoch, value) for epoch, value in points if math.isfinite(value)]
     epochs, values = np.array(measured, dtype=float).reshape(-1, 2).T
     return epochs, values
@@ -199,11 +201,11 @@ def _cumulative_panel(
         curve = cumulative_share(histogram[group]["cells"], histogram[group]["loss"])
         style = {"color": colours[index % len(colours)]}
         if curve is None:
-            axes.plot([], [], label=f"none  {_plain(label)}", **style)
+            axes.plot([], [], label=f"none  {plain(label)}", **style)
             continue
         found = True
         share = 1 - np.interp(1 - hardest, *curve)
-        style["label"] = f"{share:4.0%}  {_plain(label)}"
+        style["label"] = f"{share:4.0%}  {plain(label)}"
         axes.plot(ticks, np.interp(fractions, *curve), **style)
     if not found:
         axes.text(0.5, 0.1, f"no {group}s with a loss", ha="center", transform=axes.transAxes)
@@ -221,16 +223,18 @@ def _mark_scores(axes: Axes, thresholds: Mapping[str, float]) -> None:
     axes.axvspan(0, CALIBRATION_FLOOR, color="0.93")
     for index, (label, score) in enumerate(thresholds.items()):
         line = ("-", "--", ":")[index % 3]
-        label = f"{score:.3f}  {_plain(label)}"
+        label = f"{score:.3f}  {plain(label)}"
         axes.axvline(score, color="black", linestyle=line, linewidth=1, label=label)
 
 
-def _plain(text: str) -> str:
-    """For a legend: "$" would start mathematics. A number leads, since a leading "_" hides it."""
-    return text.replace("$", r"\$")
+def plain(text: str) -> str:
+    """A label as it stands: "$" would start mathematics, and "_" in front hide it."""
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
-def _number(value: object) -> float:
+def number(value: object) -> float:
+    """A float; nan for None and for the empty field of a table."""
     return math.nan if value in (None, "") else float(value)
 
 

@@ -1,0 +1,87 @@
+"""What a training starts from: a network, the weights of a file, a decode, an objectness."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from engine.distributed import is_main
+from engine.foreign import check_scale_xy
+from nets.weights import LoadReport, load_weights
+from nets.yolo import YoloV4
+from utils.errors import UserError
+from utils.voc import read_class_names
+
+SCRATCH_SCALE_XY = (1.2, 1.1, 1.05)  # strides 8, 16, 32; darknet's. The original fork has 1
+
+
+def build_network(
+    class_names: Sequence[str], *, width: float, depth: float, weights: str, weights_classes: str
+) -> tuple[YoloV4, LoadReport | None]:
+    """A network with what the file `weights` has for it, and the report of that; "": from scratch.
+
+    weights_classes: file with the class names of weights that do not hold them; "": not known.
+    Raises UserError for files that cannot be used.
+    """
+    model = YoloV4(len(class_names), width=width, depth=depth)
+    if not weights and weights_classes:
+        raise UserError(
+            f"--weights_classes {weights_classes} says what --weights holds; give both."
+        )
+    if not weights:
+        return model, None
+    in_file = read_class_names(weights_classes) if weights_classes else None
+    report = load_weights(model, weights, class_names=class_names, file_class_names=in_file)
+    if is_main():
+        print(report)
+    return model, report
+
+
+def choose_scale_xy(
+    given: Sequence[float] | None, report: LoadReport | None, resume: Mapping[str, Any] | None
+) -> tuple[float, ...]:
+    """The reach of centres: as given, else as the weights were trained, else YOLOv4's.
+
+    Raises UserError for numbers not above 0.
+    """
+    source = resume["scale_xy"] if resume is not None else report and report.scale_xy
+    scale_xy = tuple(given or source or SCRATCH_SCALE_XY)
+    check_scale_xy(scale_xy)
+    return scale_xy
+
+
+def set_prior(model: YoloV4, prior_pi: float | None, report: LoadReport | None) -> None:
+    """Give heads that are new the objectness that the loss declares, and say what was done."""
+    if prior_pi is None:
+        return
+    loaded = report is not None and report.heads_loaded
+    if not loaded:
+        model.set_objectness_prior(prior_pi)
+    if is_main():
+        done = "kept as loaded" if loaded else f"set to {prior_pi}"
+        print(f"objectness prior of the heads: {done} (the loss declares {prior_pi})")
+
+
+def other_decode(
+    report: LoadReport | None, *, anchors: Sequence[Sequence[float]], scale_xy: Sequence[float]
+) -> list[str]:
+    """Where loaded heads are about to be read in another way than they were trained.
+
+    report: of the weights that the training starts from, if any.
+    """
+    if report is None or not report.heads_loaded:
+        return []
+    pairs = (("scale_xy", scale_xy, report.scale_xy), ("anchors", anchors, report.anchors))
+    return [
+        f"{name} here is {_plain(here)}, the loaded heads were trained with {_plain(there)}: "
+        "their boxes start wrong, and training has to mend it."
+        for name, here, there in pairs
+        if there is not None and _plain(here) != _plain(there)
+    ]
+
+
+def _plain(numbers: Sequence[Any]) -> str:
+    """Numbers, or pairs of them, as a user writes them."""
+    words = [
+        ",".join(f"{n:g}" for n in item) if isinstance(item, Sequence) else f"{item:g}"
+        for item in numbers
+    ]
+    return " ".join(words)

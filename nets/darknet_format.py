@@ -1,0 +1,187 @@
+"""Darknet's .weights files, read and written.
+
+Such a file is a header and then float32 numbers, convolution by convolution in darknet's order,
+which is this network's own: with BN beta, gamma, mean, variance, weights; without BN biases,
+weights. It says nothing of shapes: only its length tells what it holds.
+"""
+
+import dataclasses
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nets.yolo import ANCHORS_PER_SCALE, BOX_CHANNELS, YoloV4
+from utils.errors import UserError
+from utils.files import replacing
+
+DARKNET_SCALE_XY = (1.2, 1.1, 1.05)
+FLOAT32 = np.dtype("<f4")
+VERSION = struct.Struct("<3i")
+HIGHEST_NUMBER = 999  # of a version; darknet marks transposed files, which nobody has, from 1000
+BN_PARTS = ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var", "conv.weight")
+CUTS = {"137": "top_down_p3", "backbone": "backbone"}  # part of the network -> its last module
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a .weights file says of itself. seen: pictures that it was trained on."""
+
+    version: tuple[int, int, int] = (0, 2, 5)
+    seen: int = 0
+
+    @property
+    def seen_format(self) -> struct.Struct:
+        """How `seen` is stored: in 8 bytes since version 0.2, in 4 before."""
+        major, minor, _ = self.version
+        return struct.Struct("<Q" if major * 10 + minor >= 2 else "<I")
+
+    @property
+    def size(self) -> int:
+        return VERSION.size + self.seen_format.size
+
+    def to_bytes(self) -> bytes:
+        """Raises UserError for a version that no darknet has, or a count that does not fit."""
+        try:
+            if is_version(self.version):
+                return VERSION.pack(*self.version) + self.seen_format.pack(self.seen)
+        except struct.error:
+            pass
+        raise UserError(
+            f"darknet header of version {self.version} with {self.seen} pictures seen: give "
+            f"three numbers from 0 to {HIGHEST_NUMBER}, and a count from 0 up that fits into "
+            "8 bytes, or 4 before version 0.2."
+        )
+
+
+def is_version(numbers: tuple[int, ...]) -> bool:
+    return len(numbers) == 3 and all(0 <= number <= HIGHEST_NUMBER for number in numbers)
+
+
+def is_darknet(start: bytes) -> bool:
+    """Whether a file that begins so can be a .weights file: three small version numbers."""
+    return len(start) >= VERSION.size and is_version(VERSION.unpack_from(start))
+
+
+def read_darknet_weights(path: str | Path, network: YoloV4) -> tuple[Header, dict[str, Tensor]]:
+    """The header and the tensors under this project's names; `network` gives their shapes.
+
+    The file holds the whole network, for any number of classes, or ends after layer 136
+    (yolov4.conv.137) or after the backbone. The tensors are views of the file mapped into memory:
+    nothing is read until it is used. Raises UserError for any other length.
+    """
+    header = read_header(path)
+    body_bytes = os.path.getsize(path) - header.size
+    layout = layout_of_size(body_bytes, network)
+    if layout is None:
+        raise UserError(f"{path}: {describe_mismatch(header, body_bytes, network)}")
+    # Copy on write: torch accepts no read-only memory, and the file stays as it is.
+    body = torch.from_numpy(np.memmap(path, FLOAT32, mode="c", offset=header.size))
+    pieces = body.split([shape.numel() for shape in layout.values()])
+    named = zip(layout.items(), pieces, strict=True)
+    return header, {name: piece.view(shape) for (name, shape), piece in named}
+
+
+def read_header(path: str | Path) -> Header:
+    """Raises UserError if the file does not begin with a whole header."""
+    with open(path, "rb") as file:
+        start = file.read(VERSION.size + 8)
+    header = Header(VERSION.unpack_from(start)) if is_darknet(start) else None
+    if header is None or len(start) < header.size:
+        raise UserError(f"{path}: no darknet file, or cut off in its header.")
+    return Header(header.version, *header.seen_format.unpack_from(start, VERSION.size))
+
+
+def layout_of(network: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes of the tensors of the network's .weights file, in their order."""
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    names = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d) and module.bias is None:
+            names += [name.removesuffix("conv") + part for part in BN_PARTS]
+        elif isinstance(module, nn.Conv2d):
+            names += [f"{name}.bias", f"{name}.weight"]
+    return {name: shapes[name] for name in names}
+
+
+def layout_of_cut(network: YoloV4, part: str) -> dict[str, torch.Size]:
+    """The layout of a file of a part of the network: one of CUTS."""
+    modules = [name for name, _ in network.named_children()]
+    kept = modules[: modules.index(CUTS[part]) + 1]
+    layout = layout_of(network).items()
+    return {name: shape for name, shape in layout if name.split(".")[0] in kept}
+
+
+def layout_of_classes(network: YoloV4, num_classes: int) -> dict[str, torch.Size]:
+    """The layout of a whole file for another number of classes."""
+    channels = ANCHORS_PER_SCALE * (BOX_CHANNELS + num_classes)
+    layout = layout_of(network)
+    for name in layout:
+        if ".output." in name:
+            layout[name] = torch.Size([channels, *layout[name][1:]])
+    return layout
+
+
+def layout_of_size(body_bytes: int, network: YoloV4) -> dict[str, torch.Size] | None:
+    """The layout of a file with so many bytes after its header; None if none has."""
+    for part in CUTS:
+        layout = layout_of_cut(network, part)
+        if size_of(layout) == body_bytes:
+            return layout
+    without, with_one = (size_of(layout_of_classes(network, n)) for n in (0, 1))
+    num_classes, rest = divmod(body_bytes - without, with_one - without)
+    return layout_of_classes(network, num_classes) if num_classes > 0 and rest == 0 else None
+
+
+def size_of(layout: Mapping[str, torch.Size]) -> int:
+    """Bytes of a file without its header."""
+    return FLOAT32.itemsize * sum(shape.numel() for shape in layout.values())
+
+
+def describe_mismatch(header: Header, body_bytes: int, network: YoloV4) -> str:
+    """What a file of an unknown length is, and which lengths are known."""
+    cut, backbone = (size_of(layout_of_cut(network, part)) for part in CUTS)
+    without, with_one = (size_of(layout_of_classes(network, n)) for n in (0, 1))
+    scaling = f"width {network.width}, depth {network.depth}"
+    text = (
+        f"a darknet file of version {'.'.join(map(str, header.version))} with {body_bytes:,} "
+        f"bytes of weights: cut off, or of another network. YOLOv4 of {scaling} has "
+        f"{without:,} and {with_one - without:,} more for each class, {cut:,} up to layer 136 "
+        f"(yolov4.conv.137) or {backbone:,} in its backbone."
+    )
+    with torch.device("meta"):
+        full = YoloV4(1)
+    if layout_of_size(body_bytes, full) is not None:
+        text += " It fits the full network: use width 1.0 and depth 1.0."
+    return text
+
+
+def save_darknet_weights(
+    model: YoloV4,
+    path: str | Path,
+    *,
+    version: tuple[int, int, int] = (0, 2, 5),
+    seen: int = 0,
+) -> None:
+    """Write the whole network as a darknet .weights file, in one go.
+
+    version, seen: its header; `seen` counts pictures, from which darknet derives where a training
+    stands. Raises UserError for a header that cannot be, or if the file cannot be written.
+    """
+    write_darknet_tensors(model.state_dict(), list(layout_of(model)), path, Header(version, seen))
+
+
+def write_darknet_tensors(
+    tensors: Mapping[str, Tensor], names: list[str], path: str | Path, header: Header
+) -> None:
+    """Write the named tensors, which must follow darknet's order."""
+    start = header.to_bytes()
+    with replacing(path) as file:
+        file.write(start)
+        for name in names:
+            values = tensors[name].detach().cpu().float().numpy()
+            file.write(np.ascontiguousarray(values, dtype=FLOAT32))

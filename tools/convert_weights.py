@@ -1,0 +1,256 @@
+"""Convert weights between darknet (.weights), the original fork (.pth) and this project (.pt).
+
+    python -m tools.convert_weights best.pt yolov4-custom.weights --cfg_out yolov4-custom.cfg
+    python -m tools.convert_weights yolov4.weights yolov4.pth
+    python -m tools.convert_weights yolov4.weights coco.pt
+        --classes_path model_data/coco_classes.txt --anchors_path model_data/yolo_anchors.txt
+        --input_shape 416 416
+
+The kind of the source is told by its content, that of the target by its suffix. Nothing that is
+there is written over.
+"""
+
+import dataclasses
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tyro.conf import Positional, arg
+
+from engine.checkpoint import REQUIRED_KEYS, cpu_copy, save_checkpoint
+from engine.foreign import (
+    FileFacts,
+    complete,
+    file_facts,
+    is_checkpoint,
+    known_facts,
+    read_network,
+    structure,
+)
+from nets.darknet_cfg import Cfg, write_cfg
+from nets.darknet_format import (
+    CUTS,
+    DARKNET_SCALE_XY,
+    Header,
+    layout_of,
+    layout_of_cut,
+    write_darknet_tensors,
+)
+from nets.fork_format import BACKBONE, FORK_SCALE_XY, fork_names
+from nets.weights import (
+    DARKNET,
+    WeightsFile,
+    check_backbone,
+    check_finite,
+    match,
+    read_weights,
+    with_counters,
+)
+from nets.yolo import YoloV4
+from utils.errors import UserError, run_script, summarise
+from utils.files import replacing
+from utils.voc import read_class_names
+
+SUFFIXES = {".weights": "darknet", ".pth": "original fork", ".pt": "checkpoint"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Every line is a flag; its comment is the flag's help.
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]  # weights of any kind
+    # new file: .weights is darknet's, .pth the original fork's, .pt a checkpoint of this project
+    target: Positional[Annotated[Path, arg(metavar="TARGET")]]
+    part: Literal["whole", "137", "backbone"] = "whole"  # 137: all but the heads, to start others
+    cfg_out: Path | None = None  # also write a darknet .cfg, which darknet and OpenCV need
+
+    # For a source of darknet or the original fork, which does not say these itself
+    classes_path: str = ""  # source .weights, .pth: class names, one a line
+    anchors_path: str = ""  # source .weights, .pth: nine anchors, w,h in pixels of the input
+    input_shape: tuple[int, int] | None = None  # source .weights, .pth: height, width of the input
+    # source .weights, .pth: reach of centres; None: .weights 1.2 1.1 1.05, .pth 1 1 1
+    scale_xy: tuple[float, float, float] | None = None
+    cfg: str = ""  # source .weights, .pth: a .cfg instead of anchors_path, input_shape, scale_xy
+    width: float | None = None  # source .weights, .pth: channels against YOLOv4's; None: 1
+    depth: float | None = None  # source .weights, .pth: residual blocks against YOLOv4's; None: 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is converted. network: without values. tensors: those of the network that there are.
+
+    checkpoint: the source itself, or {} for a file of another kind. scale_xy: None: not known.
+    left_out: names in the file that this network has no place for.
+    """
+
+    weights: WeightsFile
+    network: YoloV4
+    tensors: dict[str, Tensor]
+    checkpoint: dict[str, Any]
+    scale_xy: Sequence[float] | None
+    left_out: list[str]
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    check_paths(config)
+    facts = file_facts(config)
+    source = cut(read_source(config.source, facts), config.part)
+    cfg = describe_cfg(source, facts) if config.cfg_out else None  # before anything is written
+    if config.target.suffix == ".pt":
+        if config.part != "whole":
+            raise UserError(f"{config.target}: a checkpoint is whole; give .weights or .pth.")
+        write_checkpoint(config.source, config.target, facts)
+    elif config.target.suffix == ".pth":
+        write_fork(source, config.target)
+    else:
+        write_darknet(source, config.target)
+    print(f"{source.weights.source}\n-> {config.target} ({SUFFIXES[config.target.suffix]})")
+    if cfg is not None:
+        with replacing(config.cfg_out) as file:
+            file.write(write_cfg(source.network, cfg).encode())
+        print(f"-> {config.cfg_out} (darknet cfg)")
+    for note in notes(config, source):
+        print(f"note: {note}")
+
+
+def check_paths(config: Config) -> None:
+    """Refuse a kind of output that there is not, and to write over what is there."""
+    if config.target.suffix not in SUFFIXES:
+        kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
+        raise UserError(f"{config.target}: the suffix says what to write: {kinds}.")
+    paths = [path for path in (config.target, config.cfg_out) if path]
+    for path in paths:
+        if os.path.lexists(path):
+            raise UserError(f"{path} is there already. Delete it, or give another name.")
+        if not os.path.isdir(path.parent):
+            raise UserError(f"{path}: there is no folder {path.parent}. Make it first.")
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError(f"--cfg_out {config.cfg_out} is the target itself. Give another name.")
+
+
+def read_source(path: Path, facts: FileFacts) -> Source:
+    """Read the weights, for a network of as many classes as they have. Raises UserError."""
+    checkpoint = read_network(path, facts) if is_checkpoint(path) else {}
+    scaling = facts.scaling()
+    scaling |= {key: checkpoint[key] for key in scaling if key in checkpoint}
+    names = read_class_names(facts.classes_path) if facts.classes_path else None
+    weights = read_weights(path, structure(1, **scaling), class_names=names)
+    network = structure(weights.num_classes or 1, **scaling)
+    report = match(network.state_dict(), weights, None)
+    check_backbone(report)
+    tensors = {name: weights.tensors[name] for name in report.loaded}
+    check_finite(tensors, weights.source)
+    return Source(
+        weights=weights,
+        network=network,
+        tensors=tensors,
+        checkpoint=checkpoint,
+        scale_xy=known_facts(weights, facts)["scale_xy"],
+        left_out=[name for name in weights.tensors if name not in tensors],
+    )
+
+
+def cut(source: Source, part: str) -> Source:
+    """Only a part of the network, as darknet's `partial` does."""
+    if part == "whole":
+        return source
+    names = layout_of_cut(source.network, part)
+    if not all(name in source.tensors for name in names):
+        raise UserError(f"{source.weights.source} does not hold all of part {part}.")
+    modules = {name.split(".")[0] for name in names}
+    tensors = {n: tensor for n, tensor in source.tensors.items() if n.split(".")[0] in modules}
+    weights = dataclasses.replace(source.weights, tensors=tensors, class_names=None)
+    return dataclasses.replace(source, weights=weights, tensors=tensors, scale_xy=None)
+
+
+def describe_cfg(source: Source, facts: FileFacts) -> Cfg:
+    """What the .cfg says besides the structure."""
+    if source.weights.num_classes is None:
+        raise UserError(f"{source.weights.source}: part of a network, for which there is no .cfg.")
+    known = source.checkpoint or complete(source.weights, facts, classes=False)
+    return Cfg(
+        num_classes=source.weights.num_classes,
+        anchors=tuple(map(tuple, known["anchors"])),
+        input_shape=tuple(known["input_shape"]),
+        scale_xy=tuple(known["scale_xy"]),
+    )
+
+
+def write_checkpoint(source: Path, target: Path, facts: FileFacts) -> None:
+    """A checkpoint to evaluate, detect and start from; the state of a training stays behind."""
+    checkpoint = read_network(source, facts)
+    kept = {key: checkpoint[key] for key in (*REQUIRED_KEYS, DARKNET) if key in checkpoint}
+    save_checkpoint(target, cpu_copy(kept))  # copies: views would be saved with the whole file
+
+
+def write_fork(source: Source, target: Path) -> None:
+    """A bare state_dict under the fork's names; of the backbone alone if that is all there is."""
+    names = fork_names(source.network.state_dict())
+    tensors = with_counters(source.tensors, source.network)
+    if all(name.startswith(BACKBONE) for name in tensors):
+        names = {name: fork.removeprefix(BACKBONE) for name, fork in names.items()}
+    state = OrderedDict((names[name], tensor) for name, tensor in cpu_copy(tensors).items())
+    state._metadata = {}  # where torch keeps what is no tensor: a way back that loses nothing
+    if source.weights.header:
+        state._metadata[DARKNET] = dataclasses.asdict(source.weights.header)
+    if source.scale_xy is not None:
+        state._metadata["scale_xy"] = tuple(source.scale_xy)
+    with replacing(target) as file:
+        torch.save(state, file)
+
+
+def write_darknet(source: Source, target: Path) -> None:
+    """A .weights file, whole or cut like its source. Raises UserError for any other part."""
+    names = [name for name in layout_of(source.network) if name in source.tensors]
+    cuts = [layout_of_cut(source.network, part) for part in CUTS]
+    if names not in [list(cut) for cut in (*cuts, layout_of(source.network))]:
+        raise UserError(
+            f"{source.weights.source}: tensors are missing in between, so darknet's format, which "
+            "has no names, cannot hold it. It takes a whole network, its first 137 layers or its "
+            "backbone."
+        )
+    write_darknet_tensors(source.tensors, names, target, source.weights.header or Header())
+
+
+def notes(config: Config, source: Source) -> list[str]:
+    """What the new file does not say, and the user must know."""
+    said, kind = [], config.target.suffix
+    if source.left_out:
+        said.append(f"left out, for this network has no place for it: {summarise(source.left_out)}")
+    if kind == ".pt" or source.weights.num_classes is None:
+        return said
+    if source.checkpoint:
+        lost = "class names" if config.cfg_out else "class names, anchors and input size"
+        said.append(f"it does not hold {lost}: keep {config.source}.")
+    if kind == ".weights" and config.cfg_out is None:
+        said.append("darknet and OpenCV need a .cfg as well: --cfg_out FILE writes it.")
+    return [*said, *decode_notes(kind, source.scale_xy)]
+
+
+def decode_notes(kind: str, scale_xy: Sequence[float] | None) -> list[str]:
+    """Where a program that reads a file of this kind expects another scale_xy."""
+    usual = {".pth": FORK_SCALE_XY, ".weights": DARKNET_SCALE_XY}[kind]
+    expected = " ".join(map(str, usual))
+    if scale_xy is None:
+        return [f"what it was trained with is not known; it counts as scale_xy {expected}."]
+    if tuple(scale_xy) == usual:
+        return []
+    own = " ".join(map(str, scale_xy))
+    if kind == ".pth":
+        return [
+            f"these weights expect scale_xy {own}; the fork's own program decodes with {expected}, "
+            "which shifts boxes by up to a tenth of a cell."
+        ]
+    return [
+        f"these weights expect scale_xy {own}, which only a .cfg says: without it they count as "
+        f"{expected}; say --scale_xy {own} where you use them here."
+    ]
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,21 +1,28 @@
+import io
 import os
+import pickle
+import zipfile
 
 import pytest
 import torch
 
-from nets.weights import FORMAT_VERSION, load_weights
+from nets.darknet_format import Header
+from nets.weights import FORMAT_VERSION, load_weights, read_torch_file, read_weights
 from nets.yolo import YoloV4
+from tests.weight_files import (
+    SMALL,
+    assert_refused,
+    copy_of,
+    same,
+    small_model,
+    structure,
+    write_darknet,
+)
 from utils.errors import UserError
 
-SMALL = {"width": 0.05, "depth": 0.1}
 OUTPUTS = {
     f"head_{level}.output.{kind}" for level in ("p3", "p4", "p5") for kind in ("weight", "bias")
 }
-
-
-def small_model(num_classes=2, seed=0, **scaling):
-    torch.manual_seed(seed)
-    return YoloV4(num_classes, **{**SMALL, **scaling})
 
 
 def save(path, content, **options):
@@ -26,23 +33,6 @@ def save(path, content, **options):
 def checkpoint(network, **facts):
     state = {"format_version": FORMAT_VERSION, "model": network.state_dict(), "epoch": 7, **SMALL}
     return {**state, **facts}
-
-
-def same(model, state, names=None):
-    found = model.state_dict()
-    return all(torch.equal(found[name], state[name]) for name in names or state)
-
-
-def copy_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_refused(path, match, model=None):
-    model = model or small_model(seed=1)
-    before = copy_of(model)
-    with pytest.raises(UserError, match=match):
-        load_weights(model, path)
-    assert same(model, before)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -77,17 +67,39 @@ def test_a_head_for_another_class_count_is_skipped_with_both_counts(tmp_path):
     assert same(model, donor.state_dict(), set(before) - OUTPUTS)
 
 
-@pytest.mark.parametrize(
-    ("wanted", "loads"),
-    [(None, True), (("cat", "dog"), True), (["cat", "dog"], True), (["dog", "cat"], False)],
-)
-def test_heads_load_unless_the_class_names_are_known_to_differ(tmp_path, wanted, loads):
+@pytest.mark.parametrize("wanted", [None, ("cat", "dog"), ["cat", "dog"]])
+def test_heads_of_the_same_classes_or_of_unknown_ones_load_in_full(tmp_path, wanted):
     donor, model = small_model(), small_model(seed=1)
     path = save(tmp_path / "w.pt", checkpoint(donor, class_names=["cat", "dog"]))
     report = load_weights(model, path, class_names=wanted)
-    assert report.heads_loaded is loads
-    assert set(report.skipped) == (set() if loads else OUTPUTS)
-    assert same(model, donor.state_dict(), OUTPUTS) is loads
+    assert (report.partly, report.skipped, report.heads_loaded) == ({}, {}, True)
+    assert same(model, donor.state_dict())
+
+
+def test_outputs_of_the_same_classes_in_another_order_are_carried_over_by_name(tmp_path):
+    donor, model = small_model(), small_model(seed=1)
+    path = save(tmp_path / "w.pt", checkpoint(donor, class_names=["cat", "dog"]))
+    report = load_weights(model, path, class_names=["dog", "cat"])
+    assert (set(report.partly), report.skipped, report.heads_loaded) == (OUTPUTS, {}, True)
+    order = torch.tensor([0, 1, 2, 3, 4, 6, 5])
+    for name in OUTPUTS:
+        theirs = donor.state_dict()[name].unflatten(0, (3, 7))[:, order].flatten(0, 1)
+        assert torch.equal(model.state_dict()[name], theirs)
+
+
+def test_what_the_weights_were_trained_with_is_reported(tmp_path):
+    donor = small_model()
+    facts = {"scale_xy": [1.0, 1.5, 2.0], "anchors": [[1.0, 2.0]] * 9}
+    report = load_weights(donor, save(tmp_path / "w.pt", checkpoint(donor, **facts)))
+    assert (report.scale_xy, report.anchors) == ((1.0, 1.5, 2.0), facts["anchors"])
+    report = load_weights(donor, save(tmp_path / "w.pt", donor.state_dict()))
+    assert (report.scale_xy, report.anchors) == (None, None)
+
+
+def test_a_checkpoint_that_was_a_darknet_file_keeps_its_header(tmp_path):
+    header = {"version": [0, 2, 5], "seen": 640}
+    path = save(tmp_path / "w.pt", checkpoint(small_model(), darknet=header))
+    assert read_weights(path, structure(1, **SMALL)).header == Header((0, 2, 5), 640)
 
 
 def test_a_state_dict_knows_no_class_names_and_loads_its_heads(tmp_path):
@@ -147,16 +159,35 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"P", b"PK", b"\x80\x02", b"\x80\x02garbage", b"GIF89a" * 99]
+    ("content", "match"),
+    [
+        (b"", "not a weights file"),
+        (b"P", "not a weights file"),
+        (b"GIF89a" * 99, "not a weights file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a weights file"),
+        (b"<!DOCTYPE html>\n<html>sign in</html>", "a web page, not weights"),
+        (b"\n  <html>", "a web page, not weights"),
+        (b"PK", "damaged"),
+        (b"\x80\x02", "damaged"),
+        (b"\x80\x02garbage", "damaged"),
+        (pickle.dumps({"a": 1}, protocol=2), "damaged or cut off, or not of torch.save"),
+        (pickle.dumps({"a": 1}, protocol=4), "not a weights file"),
+    ],
 )
-def test_files_that_are_no_weights_are_refused(tmp_path, content):
-    path = tmp_path / "w.pt"
+def test_files_that_are_no_weights_are_refused(tmp_path, content, match):
+    path = tmp_path / "w.pth"
     path.write_bytes(content)
-    assert_refused(path, r"w\.pt: (not a weights file|damaged)")
+    assert_refused(path, rf"w\.pth: {match}")
+
+
+def test_a_zip_file_of_something_else_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as file:
+        file.writestr("folder/a.txt", "text")
+    assert_refused(tmp_path / "w.pt", "damaged or cut off, or not of torch.save")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.9999])
 def test_a_file_that_was_cut_off_is_refused(tmp_path, zipped, share):
     path = tmp_path / "w.pt"
     save(path, checkpoint(small_model()), _use_new_zipfile_serialization=zipped)
@@ -169,10 +200,44 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path, monkeypatch):
+class Harmless:
+    pass
+
+
+def saved(content, **options):
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "dump",
+    [saved, lambda c: saved(c, _use_new_zipfile_serialization=False), lambda c: pickle.dumps(c, 2)],
+    ids=["zip", "before zip", "plain pickle"],
+)
+@pytest.mark.parametrize("content", [Harmful(), Harmless(), {"model": Harmful()}])
+def test_a_pickle_of_objects_is_refused_and_nothing_of_it_runs(
+    tmp_path, monkeypatch, dump, content
+):
     monkeypatch.chdir(tmp_path)
-    assert_refused(save(tmp_path / "w.pt", {"format_version": 1, "model": Harmful()}), "damaged")
-    assert not (tmp_path / "harm").exists()
+    (tmp_path / "w.pt").write_bytes(dump(content))
+    assert_refused("w.pt", r"w\.pt: holds Python objects, .* save the state_dict")
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_no_message_advises_to_load_a_file_that_may_run_code(tmp_path):
+    for number, content in enumerate([saved(Harmful()), b"\x80\x02garbage"]):
+        path = tmp_path / f"{number}.pt"
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read_torch_file(path)
+        assert "weights_only" not in str(caught.value)
+
+
+def test_a_darknet_file_holds_no_checkpoint(tmp_path):
+    write_darknet(tmp_path / "w", 9)
+    with pytest.raises(UserError, match="a darknet file, which holds weights and nothing else"):
+        read_torch_file(tmp_path / "w")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, torch.ones(2), {3: torch.ones(1)}])

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from tests.factory import add_picture, write_split
 from utils.augment import Augmentation
-from utils.cache import PictureCache
+from utils.cache import PictureCache, choose_reduction
 from utils.dataset import VocDataset, collate
 from utils.errors import UserError
 from utils.image import read_image
@@ -54,6 +54,39 @@ def test_pictures_in_memory_are_read_from_disk_once(samples, tmp_path):
     cache = PictureCache([replace(samples[0], image_path=str(copy))], (64, 64), 10**6)
     copy.unlink()
     assert (cache.read(0) == read_image(samples[0].image_path)).all()
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "reduction"),
+    [((90, 201), 1), ((46, 100), 1), ((45, 101), 1), ((45, 100), 2), ((23, 50), 2), ((22, 50), 4)],
+)
+def test_a_picture_is_reduced_as_far_as_it_need_not_be_enlarged(size_hw, reduction):
+    assert choose_reduction((90, 201), size_hw) == reduction
+    assert choose_reduction((9, 9), (100, 100)) == 1
+    assert choose_reduction((9000, 9000), (1, 1)) == 8
+
+
+@pytest.mark.parametrize("budget", [0, 10**6])
+def test_a_reduced_picture_says_its_scale(samples, budget):
+    cache = PictureCache(samples, (64, 64), budget, reduced=True)
+    image, scale = cache.read_for(0, (20, 30))
+    assert (image.shape, scale) == ((20, 30, 3), (0.5, 0.5))
+    image, scale = cache.read_for(3, (8, 20))
+    shrunk = (29 / 90, 64 / 201) if budget else (1, 1)  # in the cache it fits into the limit
+    reduction = 2 if budget else 8
+    assert image.shape[:2] == ((15, 32) if budget else (12, 26))
+    assert scale == pytest.approx((shrunk[0] / reduction, shrunk[1] / reduction))
+
+
+def test_reduced_pictures_come_from_memory_as_they_come_from_disk(samples):
+    kept = PictureCache(samples, (400, 400), 10**6, reduced=True)
+    disk = PictureCache(samples, (400, 400), 0, reduced=True)
+    for i, (height, width) in enumerate(SIZES):
+        for part in (1, 2, 3, 5, 9):
+            size_hw = (height // part, width // part)
+            (image, scale), (other, other_scale) = (c.read_for(i, size_hw) for c in (kept, disk))
+            assert scale == other_scale
+            assert (image == other).all()
 
 
 def test_no_pictures_are_no_error():
@@ -110,8 +143,10 @@ def test_boxes_follow_the_rounded_size_of_a_shrunk_picture(tmp_path):
     assert dataset[0][1][:, 3:].tolist() == [[1, 2 / 32]]
 
 
-def test_cache_gb_bounds_what_is_kept(samples):
-    one_picture = 7200 / 2**30
+def test_cache_gb_bounds_what_is_kept_with_its_reductions(samples):
+    one_picture = (40 * 60 + 20 * 30 + 10 * 15 + 5 * 8) * 3 / 2**30
+    less = VocDataset(samples, (32, 32), train=True, cache=True, cache_gb=one_picture * 0.999)
+    assert len(less._pictures) == 0
     dataset = VocDataset(samples, (32, 32), train=True, cache=True, cache_gb=one_picture)
     assert len(dataset._pictures) == 1
 

@@ -226,3 +226,34 @@ def test_opencv_has_no_threads_that_a_forked_worker_would_wait_for():
     assert done.returncode == 0, done.stderr
     before, after, used = map(int, done.stdout.split())
     assert (after, used) == (before, 1)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("image_hw", [(64, 96), (61, 83)])
+def test_a_reduced_picture_has_a_pixel_for_each_square(tmp_path, suffix, reduction, image_hw):
+    height, width = image_hw
+    smooth = np.add.outer(np.arange(height), np.arange(width))[..., None].repeat(3, axis=2)
+    path = tmp_path / f"x.{suffix}"
+    Image.fromarray((60 + smooth).astype(np.uint8)).save(
+        path, **({"quality": 98} if suffix == "jpg" else {})
+    )
+    image = read_image(path, reduction=reduction)
+    assert image.shape == (-(-height // reduction), -(-width // reduction), 3)
+    inner = image[: height // reduction, : width // reduction].astype(float)
+    cells = np.add.outer(*(np.arange(n) for n in inner.shape[:2])) * reduction
+    assert np.abs(inner[..., 1] - (60 + cells + reduction - 1)).max() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_reduced_picture_is_turned_upright_too(tmp_path, orientation):
+    image = np.zeros((48, 80, 3), np.uint8)
+    image[:24, :40] = 250
+    path = tmp_path / "x.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(image).save(path, quality=95, exif=exif)
+    small, whole = read_image(path, reduction=4), read_image(path)
+    assert small.shape[:2] == tuple(side // 4 for side in whole.shape[:2])
+    middles = whole[2::4, 2::4].astype(int)
+    assert (np.abs(middles - small) > 60).mean() < 0.05

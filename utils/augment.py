@@ -7,6 +7,7 @@ are whole pixels, and boxes take the scale between the two, so that they follow 
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -15,6 +16,7 @@ from utils.errors import UserError
 from utils.letterbox import GREY, resize
 
 MIN_BOX_SIDE = 1.0  # pixels of the canvas: a box as thin as this or thinner is dropped
+LEVELS = np.arange(256.0)
 MOSAIC_QUADRANTS = tuple(itertools.product((False, True), repeat=2))  # (below, right) of the seams
 
 
@@ -54,30 +56,49 @@ class Picture:
     boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of `image`
     class_ids: np.ndarray  # (n,) int64; -1 is an ignore region
 
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return self.image.shape[:2]
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
+    def for_size(self, size_hw: tuple[int, int]) -> "Picture":
+        """Itself: it is in memory, at whatever size it will be drawn."""
+        return self
+
+
+class Source(Protocol):
+    """A picture that is read once it is known how large it will be drawn."""
+
+    image_hw: tuple[int, int]
+
+    def for_size(self, size_hw: tuple[int, int]) -> Picture:
+        """The whole picture, as small as it may be to be drawn at `size_hw`."""
+
+
+class Placement(NamedTuple):
     """A part of a picture and where on the canvas it goes; all edges are whole pixels."""
 
-    part_xyxy: np.ndarray
-    canvas_xyxy: np.ndarray
+    part_xyxy: tuple[int, int, int, int]
+    canvas_xyxy: tuple[int, int, int, int]
     flip: bool
 
     def draw(self, image: np.ndarray, canvas: np.ndarray) -> None:
         """Resize the part of `image` into its place on `canvas`."""
         x1, y1, x2, y2 = self.part_xyxy
         left, top, right, bottom = self.canvas_xyxy
-        patch = resize(image[y1:y2, x1:x2], (int(bottom - top), int(right - left)))
+        patch = resize(image[y1:y2, x1:x2], (bottom - top, right - left))
         canvas[top:bottom, left:right] = cv2.flip(patch, 1) if self.flip else patch
 
     def map_boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
         """(n, 4) boxes of the picture -> (n, 4) float32 on the canvas."""
-        part, place = self.part_xyxy.reshape(2, 2), self.canvas_xyxy.reshape(2, 2)
-        scale = (place[1] - place[0]) / (part[1] - part[0])
-        corners = (boxes_xyxy.reshape(-1, 2, 2) - part[0]) * scale + place[0]
+        x1, y1, x2, y2 = self.part_xyxy
+        left, top, right, bottom = self.canvas_xyxy
+        scale_x, scale_y = (right - left) / (x2 - x1), (bottom - top) / (y2 - y1)
         if self.flip:
-            corners[..., 0] = place[:, 0].sum() - corners[:, ::-1, 0]
-        return corners.reshape(-1, 4).astype(np.float32)
+            x1, scale_x = x2, -scale_x
+            boxes_xyxy = boxes_xyxy[:, [2, 1, 0, 3]]
+        offset = np.array((x1, y1, x1, y1), np.float64)
+        scale = np.array((scale_x, scale_y, scale_x, scale_y))
+        return ((boxes_xyxy - offset) * scale + (left, top, left, top)).astype(np.float32)
 
 
 def place_picture(
@@ -93,16 +114,20 @@ def place_picture(
     It may reach over the canvas, but must touch it. What is seen of it is rounded to whole pixels
     of the picture, at least one.
     """
-    whole, canvas, size, offset = (
-        np.array((x, y)) for y, x in (image_hw, canvas_hw, size_hw, top_left)
+    (y1, y2, top, bottom), (x1, x2, left, right) = (
+        place_side(*side) for side in zip(image_hw, canvas_hw, size_hw, top_left, strict=True)
     )
-    place = np.stack((np.maximum(offset, 0), np.minimum(offset + size, canvas)))
-    part = np.rint((place - offset) * (whole / size)).astype(np.int64)
-    part[0] = np.minimum(part[0], whole - 1)
-    part[1] = np.maximum(part[1], part[0] + 1)
     if flip:
-        part[:, 0] = whole[0] - part[::-1, 0]
-    return Placement(part.reshape(4), place.reshape(4), flip)
+        x1, x2 = image_hw[1] - x2, image_hw[1] - x1
+    return Placement((x1, y1, x2, y2), (left, top, right, bottom), flip)
+
+
+def place_side(whole: int, canvas: int, size: int, offset: int) -> tuple[int, int, int, int]:
+    """One axis of it: the part of the picture from and to, its place on the canvas from and to."""
+    start, stop = max(offset, 0), min(offset + size, canvas)
+    first = min(round((start - offset) * whole / size), whole - 1)
+    last = max(round((stop - offset) * whole / size), first + 1)
+    return first, last, start, stop
 
 
 def paste(
@@ -114,10 +139,16 @@ def paste(
     the others, those with less than `min_visible` of their area in view get the class -1.
     """
     placement.draw(picture.image, canvas)
-    low, high = np.tile(placement.part_xyxy.reshape(2, 2), 2).astype(np.float32)
-    in_view = picture.boxes_xyxy.clip(low, high)
-    hidden = box_areas(in_view) < min_visible * box_areas(picture.boxes_xyxy)
-    class_ids = np.where(hidden, -1, picture.class_ids)
+    if not len(picture.boxes_xyxy):
+        return picture.boxes_xyxy, picture.class_ids
+    x1, y1, x2, y2 = placement.part_xyxy
+    in_view = np.clip(
+        picture.boxes_xyxy, np.float32((x1, y1, x1, y1)), np.float32((x2, y2, x2, y2))
+    )
+    class_ids = picture.class_ids
+    if min_visible:
+        hidden = box_areas(in_view) < min_visible * box_areas(picture.boxes_xyxy)
+        class_ids = np.where(hidden, -1, class_ids)
     boxes_xyxy = placement.map_boxes(in_view)
     keep = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] > MIN_BOX_SIDE).all(axis=1)
     return boxes_xyxy[keep], class_ids[keep]
@@ -154,15 +185,16 @@ def random_hsv(
 
 def scale_hsv(image: np.ndarray, gains: Sequence[float]) -> np.ndarray:
     """Multiply hue, saturation and value of an (H, W, 3) uint8 RGB picture, by tables of 256."""
-    levels = np.rint(np.arange(256)[:, None] * np.asarray(gains))
-    levels[:, 0] %= 180  # OpenCV's hue is in steps of two degrees
-    table = levels.clip(0, 255).astype(np.uint8)[None]
-    hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
+    for plane, gain, period in zip(planes, gains, (180, None, None), strict=True):
+        levels = np.rint(LEVELS * gain)  # OpenCV's hue is in steps of two degrees
+        table = levels % period if period else levels.clip(0, 255)
+        cv2.LUT(plane, table.astype(np.uint8), plane)  # three tables of one are twice as fast
+    return cv2.cvtColor(cv2.merge(planes), cv2.COLOR_HSV2RGB)
 
 
 def random_single(
-    picture: Picture,
+    source: Source,
     input_hw: tuple[int, int],
     *,
     augmentation: Augmentation,
@@ -170,20 +202,22 @@ def random_single(
 ) -> Picture:
     """One picture at a random size and aspect, anywhere on grey, perhaps flipped, recoloured."""
     canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
-    image_hw = picture.image.shape[:2]
     size_hw = random_size(
-        image_hw, input_hw, scale=augmentation.scale, jitter=augmentation.jitter, rng=rng
+        source.image_hw, input_hw, scale=augmentation.scale, jitter=augmentation.jitter, rng=rng
     )
     rooms = [side - size for side, size in zip(input_hw, size_hw, strict=True)]
     top, left = (int(rng.integers(min(0, room), max(0, room), endpoint=True)) for room in rooms)
     flip = rng.random() < augmentation.flip_prob
-    placement = place_picture(image_hw, input_hw, size_hw=size_hw, top_left=(top, left), flip=flip)
+    picture = source.for_size(size_hw)
+    placement = place_picture(
+        picture.image_hw, input_hw, size_hw=size_hw, top_left=(top, left), flip=flip
+    )
     seen = paste(picture, placement, canvas, min_visible=augmentation.min_visible)
     return Picture(random_hsv(canvas, augmentation, rng), *seen)
 
 
 def random_mosaic(
-    pictures: Sequence[Picture],
+    sources: Sequence[Source],
     input_hw: tuple[int, int],
     *,
     augmentation: Augmentation,
@@ -194,13 +228,13 @@ def random_mosaic(
     fractions = rng.uniform(*augmentation.mosaic_centre, size=2)
     seam = np.rint(fractions * input_hw).astype(int).clip(1, np.array(input_hw) - 1)
     boxes_xyxy, class_ids = [], []
-    for picture, after_seam in zip(pictures, MOSAIC_QUADRANTS, strict=True):
+    for source, after_seam in zip(sources, MOSAIC_QUADRANTS, strict=True):
         rows, columns = (
             slice(cross, None) if after else slice(0, cross)
             for cross, after in zip(seam, after_seam, strict=True)
         )
         boxes, ids = paste_at_corner(
-            picture,
+            source,
             canvas[rows, columns],
             input_hw,
             after_seam=after_seam,
@@ -215,7 +249,7 @@ def random_mosaic(
 
 
 def paste_at_corner(
-    picture: Picture,
+    source: Source,
     quadrant: np.ndarray,
     input_hw: tuple[int, int],
     *,
@@ -227,17 +261,22 @@ def paste_at_corner(
 
     after_seam: whether the quadrant is below, and right of, the crossing.
     """
-    image_hw, quadrant_hw = picture.image.shape[:2], quadrant.shape[:2]
+    quadrant_hw = quadrant.shape[:2]
     size_hw = random_size(
-        image_hw, input_hw, scale=augmentation.mosaic_scale, jitter=augmentation.jitter, rng=rng
+        source.image_hw,
+        input_hw,
+        scale=augmentation.mosaic_scale,
+        jitter=augmentation.jitter,
+        rng=rng,
     )
     top, left = (
         0 if after else side - size
         for side, size, after in zip(quadrant_hw, size_hw, after_seam, strict=True)
     )
     flip = rng.random() < augmentation.flip_prob
+    picture = source.for_size(size_hw)
     placement = place_picture(
-        image_hw, quadrant_hw, size_hw=size_hw, top_left=(top, left), flip=flip
+        picture.image_hw, quadrant_hw, size_hw=size_hw, top_left=(top, left), flip=flip
     )
     return paste(picture, placement, quadrant, min_visible=augmentation.min_visible)
 

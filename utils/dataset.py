@@ -1,5 +1,6 @@
 """VOC pictures as network input: letterboxed for validation, augmented for training."""
 
+import dataclasses
 import math
 import signal
 from collections.abc import Sequence
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from utils.augment import Augmentation, Picture, mixup, random_mosaic, random_single
-from utils.boxes import xyxy_to_cxcywh
 from utils.cache import GIB, PictureCache
 from utils.errors import UserError
 from utils.letterbox import image_to_letterbox, letterbox
@@ -56,7 +56,8 @@ class VocDataset(Dataset[Item]):
         scales = (self.augmentation.scale[1], self.augmentation.mosaic_scale[1])
         limit_hw = tuple(math.ceil(side * max(scales)) for side in self.input_shape)
         limit_hw = limit_hw if train else self.input_shape
-        self._pictures = PictureCache(samples, limit_hw, int(cache_gb * GIB) if cache else 0)
+        budget = int(cache_gb * GIB) if cache else 0
+        self._pictures = PictureCache(samples, limit_hw, budget, reduced=train)
         # Shared memory: persistent workers hold copies of this object, but see this tensor.
         self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()
 
@@ -87,22 +88,36 @@ class VocDataset(Dataset[Item]):
         if not strong or rng.random() >= self.mosaic_prob:
             return to_item(self._single(index, rng))
         indices = rng.permutation([index, *rng.integers(len(self), size=3)])
-        pictures = [self._read(i) for i in indices]
-        picture = random_mosaic(pictures, self.input_shape, augmentation=self.augmentation, rng=rng)
+        sources = [self._source(int(i)) for i in indices]
+        picture = random_mosaic(sources, self.input_shape, augmentation=self.augmentation, rng=rng)
         if rng.random() < self.mixup_prob:
             picture = mixup(picture, self._single(int(rng.integers(len(self))), rng))
         return to_item(picture)
 
     def _single(self, index: int, rng: np.random.Generator) -> Picture:
-        picture = self._read(index)
-        return random_single(picture, self.input_shape, augmentation=self.augmentation, rng=rng)
+        source = self._source(index)
+        return random_single(source, self.input_shape, augmentation=self.augmentation, rng=rng)
 
-    def _read(self, index: int) -> Picture:
-        """A picture, perhaps shrunk by the cache, with its boxes in pixels of what is returned."""
-        sample, image = self.samples[index], self._pictures.read(index)
-        scale = np.divide(image.shape[:2], sample.image_hw)[[1, 0, 1, 0]]
-        boxes_xyxy = (sample.boxes_xyxy * scale).astype(np.float32)
-        return Picture(image, boxes_xyxy, target_ids(sample))
+    def _source(self, index: int) -> "StoredPicture":
+        return StoredPicture(self.samples[index], self._pictures, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPicture:
+    """A picture of a cache or on disk with its objects: a Source of the augmentation."""
+
+    sample: Sample
+    pictures: PictureCache
+    index: int
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return self.sample.image_hw
+
+    def for_size(self, size_hw: tuple[int, int]) -> Picture:
+        image, (down, across) = self.pictures.read_for(self.index, size_hw)
+        scale = np.array((across, down, across, down), np.float32)
+        return Picture(image, self.sample.boxes_xyxy * scale, target_ids(self.sample))
 
 
 def target_ids(sample: Sample) -> np.ndarray:
@@ -112,12 +127,13 @@ def target_ids(sample: Sample) -> np.ndarray:
 
 def to_item(picture: Picture) -> Item:
     """A picture of the network input's size as tensors; the image stays (H, W, 3) in memory."""
-    height, width = picture.image.shape[:2]
-    boxes_cxcywh = xyxy_to_cxcywh(torch.from_numpy(picture.boxes_xyxy))
-    fractions = boxes_cxcywh / torch.tensor([width, height, width, height])
-    class_ids = torch.from_numpy(picture.class_ids).to(fractions.dtype)
-    targets = torch.cat((class_ids[:, None], fractions), dim=1)
-    return torch.from_numpy(picture.image).permute(2, 0, 1), targets
+    height, width = picture.image_hw
+    corners = picture.boxes_xyxy / np.float32((width, height, width, height))
+    targets = np.empty((len(corners), 5), np.float32)
+    targets[:, 0] = picture.class_ids
+    targets[:, 1:3] = (corners[:, :2] + corners[:, 2:]) / 2
+    targets[:, 3:] = corners[:, 2:] - corners[:, :2]
+    return torch.from_numpy(picture.image).permute(2, 0, 1), torch.from_numpy(targets)
 
 
 def collate(items: Sequence[Item]) -> Item:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import cv2
@@ -23,6 +23,7 @@ from engine.predictor import Detections, Predictor
 from utils.draw import draw_detections
 from utils.errors import UserError, run_script
 from utils.image import IMAGE_SUFFIXES, read_image
+from utils.overlap import Behind, ahead
 from utils.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 
 RECORDS = "detections.jsonl"
@@ -126,11 +127,15 @@ def predict_pictures(
 ) -> None:
     """Detect in pictures and write them with their boxes; unreadable ones become failures."""
     progress = tqdm(paths, desc="pictures", unit="picture", disable=not paths)
-    for batch in batches(readable(progress, results), batch_size):
-        images = [image for _, image in batch]
-        for (path, image), found in zip(batch, results.detect(predictor, images), strict=True):
+
+    def keep(batch: list[tuple[Path, np.ndarray]], detections: list[Detections]) -> None:
+        for (path, image), found in zip(batch, detections, strict=True):
             results.add(path, None, image.shape[:2], found)
             write_picture(results.free_path(path.name), draw_detections(image, found))
+
+    with Behind() as behind:
+        for batch in ahead(batches(readable(progress, results), batch_size)):
+            behind(keep, batch, results.detect(predictor, [image for _, image in batch]))
 
 
 def readable(paths: Iterable[Path], results: "Results") -> Iterator[tuple[Path, np.ndarray]]:
@@ -147,14 +152,17 @@ def predict_video(path: Path, predictor: Predictor, results: "Results", batch_si
     try:
         video = VideoReader(path)
         target = results.free_path(f"{path.stem}.mp4")
-        frame = 0
-        with VideoWriter(target, video.fps, video.size_hw) as writer:
-            progress = tqdm(video, desc=path.name, unit="frame", total=video.frame_count or None)
-            for images in batches(progress, batch_size):
-                for image, found in zip(images, results.detect(predictor, images), strict=True):
-                    results.add(path, frame, image.shape[:2], found)
+        numbers = count()
+        progress = tqdm(video, desc=path.name, unit="frame", total=video.frame_count or None)
+        with VideoWriter(target, video.fps, video.size_hw) as writer, Behind() as behind:
+
+            def keep(images: list[np.ndarray], detections: list[Detections]) -> None:
+                for image, found in zip(images, detections, strict=True):
+                    results.add(path, next(numbers), image.shape[:2], found)
                     writer.write(draw_detections(image, found))
-                    frame += 1
+
+            for images in ahead(batches(progress, batch_size)):
+                behind(keep, images, results.detect(predictor, images))
         results.notes += video.notes
     except UserError as error:
         results.failures.append(str(error))

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from nets.weights import FORMAT_VERSION, from_checkpoint, read_torch_file
+from nets.fold import fold_batch_norm
+from nets.weights_file import FORMAT_VERSION, from_checkpoint, read_torch_file
 from nets.yolo import YoloV4
 from utils.errors import UserError
 from utils.files import replacing
@@ -43,7 +44,7 @@ def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, 
 
 
 def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> YoloV4:
-    """The checkpoint's network with its weights, in eval mode on `device`, channels_last."""
+    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`."""
     with torch.device("meta"):  # no random weights, which would only be replaced
         model = YoloV4(
             len(checkpoint["class_names"]), width=checkpoint["width"], depth=checkpoint["depth"]
@@ -53,7 +54,8 @@ def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> Yo
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"The checkpoint's weights do not fit its own network: {error}") from None
-    return model.to(device, memory_format=torch.channels_last).eval()
+    fold_batch_norm(model.eval())
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def cpu_copy(value: Any) -> Any:

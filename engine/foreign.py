@@ -12,17 +12,14 @@ from torch import Tensor
 from engine.checkpoint import read_checkpoint
 from nets.darknet_cfg import read_cfg
 from nets.darknet_format import is_darknet
-from nets.weights import (
+from nets.weights import check_backbone, check_finite, match, with_counters
+from nets.weights_file import (
     DARKNET,
     WeightsFile,
-    check_backbone,
-    check_finite,
-    match,
     read_start,
     read_torch_file,
     read_weights,
     with_classes,
-    with_counters,
 )
 from nets.yolo import YoloV4, check_input
 from utils.decode import read_anchors
@@ -80,22 +77,22 @@ def read_network(path: str | Path, facts: FileFacts) -> dict[str, Any]:
     Raises UserError if the file cannot be used, if facts are missing, or if they are given for a
     checkpoint, which says them itself.
     """
-    if not is_checkpoint(path):
-        return as_checkpoint(path, facts)
+    return read_own(path, facts) or as_checkpoint(path, facts)
+
+
+def read_own(path: str | Path, facts: FileFacts) -> dict[str, Any] | None:
+    """A checkpoint of ours; None for a file of another kind. Raises as `read_network`."""
+    if is_darknet(read_start(path)):
+        return None
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or "format_version" not in content:
+        return None
     if facts.given():
         raise UserError(
             f"{path} is a checkpoint, which says itself what it needs: leave "
-            f"{', '.join(facts.given())} out. They are for files of other programs."
+            f"{', '.join(facts.given())} out, meant for files of other programs."
         )
     return read_checkpoint(path)
-
-
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a weights file is one of this project's checkpoints."""
-    if is_darknet(read_start(path)):
-        return False
-    content = read_torch_file(path)
-    return isinstance(content, dict) and "format_version" in content
 
 
 def as_checkpoint(path: str | Path, facts: FileFacts) -> dict[str, Any]:

@@ -254,9 +254,11 @@ def extract(sections: Sequence[Section]) -> Cfg:
         raise ValueError(f"{len(numbers)} numbers in anchors")
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"anchors {yolos[0]['anchors']}")
-    net = sections[0][1]
+    net, num_classes = sections[0][1], int(yolos[0]["classes"])
+    if num_classes < 1:
+        raise ValueError(f"classes {num_classes}")
     return Cfg(
-        num_classes=int(yolos[0]["classes"]),
+        num_classes=num_classes,
         anchors=tuple(zip(numbers[::2], numbers[1::2], strict=True)),
         input_shape=(int(net["height"]), int(net["width"])),
         scale_xy=tuple(float(options.get("scale_x_y", 1)) for options in yolos),

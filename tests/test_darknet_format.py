@@ -14,7 +14,8 @@ from nets.darknet_format import (
     read_header,
     save_darknet_weights,
 )
-from nets.weights import load_weights, read_weights
+from nets.weights import load_weights
+from nets.weights_file import read_weights
 from tests.weight_files import (
     assert_refused,
     copy_of,

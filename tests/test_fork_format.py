@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from nets.fork_format import fork_names
-from nets.weights import load_weights, read_weights
+from nets.weights import load_weights
+from nets.weights_file import read_weights
 from tests.weight_files import (
     assert_refused,
     copy_of,

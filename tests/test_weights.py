@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nets.darknet_format import Header
-from nets.weights import FORMAT_VERSION, load_weights, read_torch_file, read_weights
+from nets.weights import load_weights
+from nets.weights_file import FORMAT_VERSION, read_torch_file, read_weights
 from nets.yolo import YoloV4
 from tests.weight_files import (
     SMALL,
@@ -260,3 +261,11 @@ def test_weights_of_a_training_that_diverged_are_refused(tmp_path):
     torch.nn.init.constant_(donor.head_p4.conv.bn.weight, float("nan"))
     path = save(tmp_path / "w.pt", checkpoint(donor))
     assert_refused(path, r"NaN or infinite values in head_p4\.conv\.bn\.weight")
+
+
+@pytest.mark.parametrize(
+    "facts", [{"scale_xy": None}, {"darknet": 3}, {"darknet": {"version": [0, 2, 5]}}]
+)
+def test_a_checkpoint_with_strange_facts_is_refused(tmp_path, facts):
+    path = save(tmp_path / "w.pt", checkpoint(small_model(), **facts))
+    assert_refused(path, "strange facts: damaged")

@@ -25,11 +25,11 @@ from tyro.conf import Positional, arg
 from engine.checkpoint import REQUIRED_KEYS, cpu_copy, save_checkpoint
 from engine.foreign import (
     FileFacts,
+    as_checkpoint,
     complete,
     file_facts,
-    is_checkpoint,
     known_facts,
-    read_network,
+    read_own,
     structure,
 )
 from nets.darknet_cfg import Cfg, write_cfg
@@ -42,15 +42,8 @@ from nets.darknet_format import (
     write_darknet_tensors,
 )
 from nets.fork_format import BACKBONE, FORK_SCALE_XY, fork_names
-from nets.weights import (
-    DARKNET,
-    WeightsFile,
-    check_backbone,
-    check_finite,
-    match,
-    read_weights,
-    with_counters,
-)
+from nets.weights import check_backbone, check_finite, match, with_counters
+from nets.weights_file import DARKNET, WeightsFile, read_weights
 from nets.yolo import YoloV4
 from utils.errors import UserError, run_script, summarise
 from utils.files import replacing
@@ -104,7 +97,7 @@ def main() -> None:
     if config.target.suffix == ".pt":
         if config.part != "whole":
             raise UserError(f"{config.target}: a checkpoint is whole; give .weights or .pth.")
-        write_checkpoint(config.source, config.target, facts)
+        write_checkpoint(source.checkpoint or as_checkpoint(config.source, facts), config.target)
     elif config.target.suffix == ".pth":
         write_fork(source, config.target)
     else:
@@ -135,7 +128,7 @@ def check_paths(config: Config) -> None:
 
 def read_source(path: Path, facts: FileFacts) -> Source:
     """Read the weights, for a network of as many classes as they have. Raises UserError."""
-    checkpoint = read_network(path, facts) if is_checkpoint(path) else {}
+    checkpoint = read_own(path, facts) or {}
     scaling = facts.scaling()
     scaling |= {key: checkpoint[key] for key in scaling if key in checkpoint}
     names = read_class_names(facts.classes_path) if facts.classes_path else None
@@ -181,9 +174,8 @@ def describe_cfg(source: Source, facts: FileFacts) -> Cfg:
     )
 
 
-def write_checkpoint(source: Path, target: Path, facts: FileFacts) -> None:
+def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
     """A checkpoint to evaluate, detect and start from; the state of a training stays behind."""
-    checkpoint = read_network(source, facts)
     kept = {key: checkpoint[key] for key in (*REQUIRED_KEYS, DARKNET) if key in checkpoint}
     save_checkpoint(target, cpu_copy(kept))  # copies: views would be saved with the whole file
 

@@ -10,7 +10,6 @@ import numpy as np
 from utils.average_precision import (
     Matches,
     area_under_curve,
-    coco_average_precision,
     match_classes,
     precision_recall,
 )
@@ -22,6 +21,7 @@ from utils.calibration import (
     operating_point,
     reliability,
 )
+from utils.coco_precision import coco_average_precision
 from utils.voc import Sample
 
 EVAL_CONF_THRESHOLD = 0.001

@@ -1,14 +1,13 @@
-"""Average precision of detections: the VOC devkit's rules, and COCO's through faster-coco-eval."""
+"""Average precision of detections by the VOC devkit's rules."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
+
+from utils.coco_precision import PictureTruth, flatten
 
 ELEVEN_RECALLS = np.linspace(0, 1, 11)
-PictureTruth = tuple[np.ndarray, np.ndarray, np.ndarray]  # class ids, boxes_xyxy, difficult
-COCO_MAX_DETECTIONS = 100  # per class and picture, as COCO's own figures
 
 
 class Matches(NamedTuple):
@@ -29,17 +28,8 @@ class GroundTruth(NamedTuple):
 
     boxes: np.ndarray
     difficult: np.ndarray
-    picture_of: dict[Hashable, int]  # image id -> index into first and counts; 0 has no object
     first: np.ndarray  # where a picture's objects begin
     counts: np.ndarray
-
-
-class CocoFigures(NamedTuple):
-    """COCO's averages over classes, without area filter; nan where no object counts."""
-
-    AP: float  # over IoU .50, .55, ..., .95
-    AP50: float
-    AP75: float
 
 
 def match_detections(
@@ -67,10 +57,21 @@ def match_detections(
     ids = image_ids.tolist() if hasattr(image_ids, "tolist") else image_ids
     if not len(ids) == len(scores) == len(boxes):
         raise ValueError(f"{len(ids)} image ids, {len(scores)} scores and {len(boxes)} boxes")
-    truth = _stack_ground_truth(gt_boxes, gt_difficult)
+    truth, picture_of = _stack_ground_truth(gt_boxes, gt_difficult)
+    pictures = np.array([picture_of.get(name, 0) for name in ids], dtype=np.int64)
+    return _judge(scores, boxes, pictures, truth, iou_threshold)
+
+
+def _judge(
+    scores: np.ndarray,
+    boxes: np.ndarray,
+    pictures: np.ndarray,
+    truth: GroundTruth,
+    iou_threshold: float,
+) -> Matches:
+    """Matches of detections (n,), (n, 4), with the index of each one's picture."""
     order = np.argsort(-scores, kind="stable")
-    pictures = np.array([truth.picture_of.get(name, 0) for name in ids], dtype=np.int64)[order]
-    overlap, nearest = _best_overlaps(boxes[order], pictures, truth)
+    overlap, nearest = _best_overlaps(boxes[order], pictures[order], truth)
     hit = (overlap > 0) & (overlap >= iou_threshold)
     ignored = np.zeros_like(hit)
     ignored[hit] = truth.difficult[nearest[hit]]
@@ -142,89 +143,28 @@ def match_classes(
     detections: a picture's (n, 6) xyxy, score, class id. ground_truth: the same picture's class
     ids (m,), boxes (m, 4) and difficult (m,).
     """
-    rows = np.concatenate([np.zeros((0, 6), np.float32), *detections])
-    pictures = np.repeat(np.arange(len(detections)), [len(part) for part in detections])
+    found, pictures = flatten(detections, width=6)
+    objects = [np.column_stack((boxes, hard, ids)) for ids, boxes, hard in ground_truth]
+    truth, truth_pictures = flatten(objects, width=6)
     matches = []
     for class_id in range(num_classes):
-        chosen = rows[:, 5] == class_id
-        boxes, difficult = {}, {}
-        for picture, (class_ids, boxes_xyxy, flags) in enumerate(ground_truth):
-            own = class_ids == class_id
-            boxes[picture], difficult[picture] = boxes_xyxy[own], flags[own]
-        found = (pictures[chosen], rows[chosen, 4], rows[chosen, :4])
-        matches.append(match_detections(*found, boxes, difficult, iou_threshold=iou_threshold))
+        own, real = found[:, 5] == class_id, truth[:, 5] == class_id
+        counts = np.bincount(truth_pictures[real], minlength=len(detections))
+        stacked = GroundTruth(
+            truth[real, :4], truth[real, 4] > 0, np.cumsum(counts) - counts, counts
+        )
+        chosen = found[own]
+        matches.append(_judge(chosen[:, 4], chosen[:, :4], pictures[own], stacked, iou_threshold))
     return matches
 
 
-def coco_average_precision(
-    detections: Sequence[np.ndarray],
-    ground_truth: Sequence[PictureTruth],
-    num_classes: int,
-) -> CocoFigures:
-    """COCO's AP, AP50 and AP75 over all classes, at most 100 detections a class and picture.
+def _stack_ground_truth(
+    gt_boxes: Mapping, gt_difficult: Mapping
+) -> tuple[GroundTruth, dict[Hashable, int]]:
+    """Lay the objects of all pictures behind one another, an empty picture first.
 
-    detections and ground_truth as `match_classes` has them. A difficult object is COCO's
-    `iscrowd`, the only kind that its code leaves out: not counted, and any number of detections
-    may lie on it, where overlap is the share of the detection that is covered.
+    Also returns the index of each image id; 0 is the picture without objects.
     """
-    if all(difficult.all() for _, _, difficult in ground_truth):
-        return CocoFigures(float("nan"), float("nan"), float("nan"))
-    results = coco_results(detections)
-    if not results:
-        return CocoFigures(0.0, 0.0, 0.0)
-    truth = COCO(coco_dataset(ground_truth, num_classes))
-    evaluation = COCOeval_faster(truth, truth.loadRes(results), "bbox", print_function=_silent)
-    evaluation.params.areaRng = [[0, 1e10]]
-    evaluation.params.areaRngLbl = ["all"]
-    evaluation.params.maxDets = [COCO_MAX_DETECTIONS]
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision = np.asarray(evaluation.eval["precision"])  # IoU, recall, class, area, max detections
-    counted = precision[:, :, (precision > -1).all(axis=(0, 1, 3, 4))]  # -1: class without object
-    return CocoFigures(*(float(part.mean()) for part in (counted, counted[0], counted[5])))
-
-
-def coco_dataset(ground_truth: Sequence[PictureTruth], num_classes: int) -> dict:
-    """Ground truth as COCO's dictionary; a picture's id is its index. See above for the shapes."""
-    annotations = []
-    for picture, (class_ids, boxes_xyxy, difficult) in enumerate(ground_truth):
-        for class_id, box, crowd in zip(class_ids, boxes_xyxy, difficult, strict=True):
-            left, top, right, bottom = (float(edge) for edge in box)
-            width, height = right - left, bottom - top
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,  # 0 would read as "not matched"
-                    "image_id": picture,
-                    "category_id": int(class_id),
-                    "bbox": [left, top, width, height],
-                    "area": width * height,
-                    "iscrowd": int(crowd),
-                }
-            )
-    return {
-        "info": {},
-        "images": [{"id": picture} for picture in range(len(ground_truth))],
-        "categories": [{"id": index, "name": str(index)} for index in range(num_classes)],
-        "annotations": annotations,
-    }
-
-
-def coco_results(detections: Sequence[np.ndarray]) -> list[dict]:
-    """Detections, an (n, 6) array a picture, as COCO's list of results."""
-    return [
-        {
-            "image_id": picture,
-            "category_id": int(class_id),
-            "bbox": [left, top, right - left, bottom - top],
-            "score": score,
-        }
-        for picture, rows in enumerate(detections)
-        for left, top, right, bottom, score, class_id in rows.tolist()
-    ]
-
-
-def _stack_ground_truth(gt_boxes: Mapping, gt_difficult: Mapping) -> GroundTruth:
-    """Lay the objects of all pictures behind one another, an empty picture first."""
     if gt_boxes.keys() != gt_difficult.keys():
         raise ValueError("gt_boxes and gt_difficult must name the same pictures")
     boxes = [
@@ -237,7 +177,8 @@ def _stack_ground_truth(gt_boxes: Mapping, gt_difficult: Mapping) -> GroundTruth
         raise ValueError("gt_difficult needs one flag a box of gt_boxes")
     picture_of = {name: index for index, name in enumerate(gt_boxes, start=1)}
     first = np.cumsum(counts) - counts
-    return GroundTruth(np.concatenate(boxes), np.concatenate(flags), picture_of, first, counts)
+    truth = GroundTruth(np.concatenate(boxes), np.concatenate(flags), first, counts)
+    return truth, picture_of
 
 
 def _best_overlaps(
@@ -269,7 +210,3 @@ def _inclusive_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
     area1 = (boxes1[:, 2:] - boxes1[:, :2] + 1).prod(axis=1)
     area2 = (boxes2[:, 2:] - boxes2[:, :2] + 1).prod(axis=1)
     return intersection / (area1 + area2 - intersection)
-
-
-def _silent(*_: object) -> None:
-    """faster-coco-eval reports its progress to this."""

@@ -77,6 +77,7 @@ class Config:
     clip_norm: float = 10.0  # longest gradient; 0: no limit
     ema: bool = True  # evaluate and keep an average of the weights
     ema_decay: float = 0.9998  # its decay in a long run; shorter memory at the start
+    recompute: bool = False  # compute the backbone's activations twice: less memory, more time
     amp: str = "auto"  # auto: bf16, or fp16 where the GPU lacks it, off on CPU; or bf16, fp16, off
 
     # Augmentation
@@ -105,7 +106,7 @@ class Config:
 CHANGEABLE = (
     *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "epochs", "device"),
     *("num_workers", "deterministic", "log_period", "eval_period", "save_period", "save_dir"),
-    *("resume", "lr", "clip_norm", "amp"),
+    *("resume", "lr", "clip_norm", "amp", "recompute"),
 )
 
 
@@ -130,6 +131,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         weights="" if resume else config.weights,
         weights_classes="" if resume else config.weights_classes,
     )
+    model.backbone.recompute = config.recompute
     scale_xy = choose_scale_xy(config.scale_xy, report, resume)
     seed_everything(config.seed, deterministic=config.deterministic)  # a loss draws after any model
     loss = build_loss(config, anchors, len(class_names), scale_xy).to(device)

@@ -92,7 +92,8 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU's memory is not enough. Start again with half the --batch_size (double "
-                f"--accumulate keeps the update) or a smaller --input_shape. {error}"
+                "--accumulate keeps the update), with --recompute or a smaller --input_shape. "
+                f"{error}"
             ) from None
         finished = self.epoch == self.recipe.epochs
         if finished:

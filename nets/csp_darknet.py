@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.blocks import ConvBnAct, scale_channels, scale_repeats
+from nets.recompute import run_recomputed
 
 STEM_CHANNELS = 32
 # (output channels, channels of each half of the split, inner channels of a residual, residuals).
@@ -69,10 +70,12 @@ class CSPDarknet53(nn.Module):
     """Stem and five stages; returns the maps of the last three, strides 8, 16, 32.
 
     `out_channels` holds their channel counts. (B, 3, H, W) in, H and W multiples of 32.
+    `recompute`: in training, the stages' activations are computed twice instead of kept.
     """
 
     def __init__(self, *, width: float = 1.0, depth: float = 1.0):
         super().__init__()
+        self.recompute = False
         channels = scale_channels(STEM_CHANNELS, width)
         self.stem = MishConv(3, channels, 3)
         self.stages = nn.ModuleList()
@@ -91,7 +94,9 @@ class CSPDarknet53(nn.Module):
         self.out_channels = tuple(scale_channels(stage[0], width) for stage in STAGES[-3:])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.stages[1](self.stages[0](self.stem(images)))
-        c3 = self.stages[2](x)
-        c4 = self.stages[3](c3)
-        return c3, c4, self.stages[4](c4)
+        x, maps = self.stem(images), []
+        for stage in self.stages:
+            frugal = self.recompute and self.training and torch.is_grad_enabled()
+            x = run_recomputed(stage, x) if frugal else stage(x)
+            maps.append(x)
+        return tuple(maps[-3:])

@@ -1,0 +1,35 @@
+"""Activations computed again in the backward pass instead of kept: memory for time."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def run_recomputed(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), keeping only x; the backward pass runs it once more (Chen et al. 2016).
+
+    The results, the gradients and BN's running statistics are those of module(x).
+    """
+
+    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), keep_statistics(module)
+
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextmanager
+def keep_statistics(module: nn.Module) -> Iterator[None]:
+    """BN's running statistics stay as they are: the first forward pass has updated them."""
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    counters = [layer.num_batches_tracked for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+        layer.num_batches_tracked = None  # else the counter moves
+    try:
+        yield
+    finally:
+        for layer, momentum, counter in zip(layers, momenta, counters, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, counter

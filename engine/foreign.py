@@ -92,7 +92,10 @@ def read_own(path: str | Path, facts: FileFacts) -> dict[str, Any] | None:
             f"{path} is a checkpoint, which says itself what it needs: leave "
             f"{', '.join(facts.given())} out, meant for files of other programs."
         )
-    return read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    tensors = checkpoint["model"].items()
+    check_finite({n: t for n, t in tensors if isinstance(t, Tensor)}, str(path))
+    return checkpoint
 
 
 def as_checkpoint(path: str | Path, facts: FileFacts) -> dict[str, Any]:

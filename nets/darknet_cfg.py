@@ -181,7 +181,7 @@ class Layers:
         self.add(
             "yolo",
             mask=",".join(str(first + index) for index in range(ANCHORS_PER_SCALE)),
-            anchors=",".join(f"{w:g},{h:g}" for w, h in self.cfg.anchors),
+            anchors=",".join(f"{w:.12g},{h:.12g}" for w, h in self.cfg.anchors),
             classes=self.cfg.num_classes,
             num=len(self.cfg.anchors),
             jitter=0.3,
@@ -205,7 +205,7 @@ def read_cfg(path: str | Path, *, width: float = 1.0, depth: float = 1.0) -> Cfg
     Raises UserError if the file cannot be read, or is not of a YOLOv4 of this width and depth.
     """
     try:
-        sections = parse_sections(Path(path).read_text(encoding="utf-8"))
+        sections = parse_sections(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read a darknet cfg: {error}") from None
     try:
@@ -286,7 +286,7 @@ def describe_layer(index: int, kind: str, options: dict[str, str]) -> str:
                 layers = [int(layer) for layer in value.split(",")]
                 value = ",".join(str(n if n >= 0 else index + n) for n in layers)
             elif key == "anchors":
-                value = ",".join(f"{float(number):g}" for number in value.split(","))
+                value = ",".join(f"{float(number):.12g}" for number in value.split(","))
         if value != default:
             parts.append(f"{key}={value}")
     return " ".join(parts)

@@ -97,12 +97,20 @@ def read_header(path: str | Path) -> Header:
 
 
 def layout_of(network: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors of the network's .weights file, in their order."""
+    """Names and shapes of the tensors of the network's .weights file, in their order.
+
+    Raises UserError for a network whose BN is folded: the file has a place for BN.
+    """
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     names = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d) and module.bias is None:
             names += [name.removesuffix("conv") + part for part in BN_PARTS]
+        elif isinstance(module, nn.Conv2d) and not name.endswith(".output"):
+            raise UserError(
+                f"{name} has BN folded in, which is for detection only. Take the network from its "
+                "file, by load_weights or tools.convert_weights."
+            )
         elif isinstance(module, nn.Conv2d):
             names += [f"{name}.bias", f"{name}.weight"]
     return {name: shapes[name] for name in names}

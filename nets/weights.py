@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nets.class_rows import carry_rows, describe_rows, shared_rows
 from nets.fork_format import BACKBONE
-from nets.weights_file import ACCEPTED, WeightsFile, read_weights
+from nets.weights_file import WeightsFile, read_weights
 from nets.yolo import ANCHORS_PER_SCALE, BOX_CHANNELS, YoloV4
 from utils.errors import UserError, summarise
 
@@ -23,7 +23,8 @@ class LoadReport:
 
     loaded: names of tensors that were loaded in full. partly, skipped: the other tensors, with
     what was loaded of them, or why nothing was. heads_loaded: the heads know objectness already;
-    False: the output convolutions keep the weights that they had. scale_xy, anchors: what the
+    False: the output convolutions keep the weights that they had. by_position: they were
+    loaded though the file does not say which classes they mean. scale_xy, anchors: what the
     weights were trained with, where the file tells.
     """
 
@@ -34,6 +35,7 @@ class LoadReport:
     heads_loaded: bool
     scale_xy: tuple[float, ...] | None = None
     anchors: Sequence[Sequence[float]] | None = None
+    by_position: bool = False
 
     def __str__(self) -> str:
         counts = [f"{len(self.loaded)} tensors loaded"]
@@ -43,6 +45,8 @@ class LoadReport:
             for reason in dict.fromkeys(group.values()):
                 names = [name for name, why in group.items() if why == reason]
                 lines.append(f"  {summarise(names)}: {reason}")
+        if self.by_position:
+            lines.append("  outputs by position: the file does not name the classes that they mean")
         return "\n".join(lines)
 
 
@@ -72,8 +76,8 @@ def load_weights(
     fitting = {name: weights.tensors[name] for name in (*report.loaded, *report.partly)}
     check_finite(fitting, report.source)
     own = model.state_dict()
+    rows = shared_rows(weights.class_names, class_names)
     for name in report.partly:
-        rows = shared_rows(weights.class_names, class_names)
         fitting[name] = carry_rows(own[name], fitting[name], rows)
     model.load_state_dict(fitting, strict=False)
     return report
@@ -110,6 +114,7 @@ def match(
         heads_loaded=heads_loaded,
         scale_xy=weights.scale_xy,
         anchors=weights.anchors,
+        by_position=heads_loaded and weights.class_names is None and class_names is not None,
     )
 
 
@@ -126,7 +131,16 @@ def has_rows(tensor: Any, weights: WeightsFile, expected: Tensor) -> bool:
 
 def same_inputs(tensor: Any, expected: Tensor) -> bool:
     """Whether two output tensors differ in their number of classes at most."""
-    return isinstance(tensor, Tensor) and tensor.ndim > 0 and tensor.shape[1:] == expected.shape[1:]
+    if not isinstance(tensor, Tensor) or not plain(tensor, expected):
+        return False
+    return tensor.ndim > 0 and tensor.shape[1:] == expected.shape[1:]
+
+
+def plain(tensor: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor holds dense real numbers, floating ones where those are expected."""
+    dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    number = not tensor.is_complex() and tensor.dtype != torch.bool
+    return dense and number and tensor.is_floating_point() >= expected.is_floating_point()
 
 
 def mismatch(name: str, tensor: Any, expected: Tensor) -> str | None:
@@ -135,6 +149,8 @@ def mismatch(name: str, tensor: Any, expected: Tensor) -> str | None:
         return "not in the file"
     if not isinstance(tensor, Tensor):
         return f"no tensor in the file, but {type(tensor).__name__}"
+    if not plain(tensor, expected):
+        return f"of {tensor.dtype} and {tensor.layout} in the file, no plain numbers"
     if tensor.shape == expected.shape:
         return None
     if is_output(name) and same_inputs(tensor, expected):
@@ -170,4 +186,7 @@ def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     ranges = {name: torch.stack(tensor.aminmax()) for name, tensor in tensors.items()}
     broken = [name for name, extremes in ranges.items() if not extremes.isfinite().all()]
     if broken:
-        raise UserError(f"{source}: NaN or infinite values in {summarise(broken)}. {ACCEPTED}")
+        raise UserError(
+            f"{source}: NaN or infinite values in {summarise(broken)}: its training has failed. "
+            "Use weights from before that."
+        )

@@ -4,7 +4,10 @@ Recognised are this project's checkpoints and state_dicts, the original fork's .
 .weights. Nothing in a file is ever run.
 """
 
+import codecs
 import dataclasses
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +24,7 @@ from utils.errors import UserError, summarise
 FORMAT_VERSION = 1  # of the checkpoints written; those of a higher version are refused
 ZIP_MAGIC = b"PK"  # torch.save's container
 PICKLE_MAGIC = b"\x80\x02"  # the one before torch 1.6
+STRANGE = (AttributeError, KeyError, TypeError, ValueError)  # what facts of a wrong type raise
 PARALLEL = "module."  # the prefix that DataParallel gives to all names
 DARKNET = "darknet"  # where other files keep the header of a .weights file that they come from
 ACCEPTED = (
@@ -42,11 +46,17 @@ class WeightsFile:
 
     @property
     def num_classes(self) -> int | None:
-        """None for a file without heads."""
+        """None for a file without heads. Raises UserError for an impossible number of outputs."""
         bias = self.tensors.get("head_p3.output.bias")
         if not isinstance(bias, Tensor) or bias.ndim != 1:
             return None
-        return len(bias) // ANCHORS_PER_SCALE - BOX_CHANNELS
+        num_classes, rest = divmod(len(bias), ANCHORS_PER_SCALE)
+        if rest or num_classes <= BOX_CHANNELS:
+            raise UserError(
+                f"{self.source}: {len(bias)} outputs a cell are those of no number of classes: "
+                "there are 3 (5 + classes). Damaged, or of another network."
+            )
+        return num_classes - BOX_CHANNELS
 
 
 def read_weights(
@@ -78,7 +88,7 @@ def read_start(path: str | Path) -> bytes:
             start = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot read weights: {error.strerror}. {ACCEPTED}") from None
-    if start.lstrip()[:1] == b"<":
+    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<":
         raise UserError(
             f"{path}: a web page, not weights: the download saved the page around the file. "
             "Download the file itself."
@@ -99,15 +109,19 @@ def read_torch_file(path: str | Path, *, mmap: bool = True) -> Any:
         raise UserError(f"{path}: a darknet file, which holds weights and nothing else.")
     try:
         mapped = mmap and start.startswith(ZIP_MAGIC)
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch would say of a TorchScript is said below
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        if isinstance(error, UnpicklingError) and "GLOBAL" in str(error):
+        script = "TorchScript" in str(error)
+        if script or (isinstance(error, UnpicklingError) and "GLOBAL" in str(error)):
             raise UserError(
                 f"{path}: holds Python objects, and loading those would run code of the file. "
                 "Where it comes from, save the state_dict of its model instead."
             ) from error
         # Of an UnpicklingError nothing is quoted: torch advises to run what the file says.
-        cause = "" if isinstance(error, UnpicklingError) else str(error).strip().split("\n")[0]
+        quoted = not isinstance(error, UnpicklingError) and "weights_only" not in str(error)
+        cause = str(error).strip().split("\n")[0] if quoted else ""
         raise UserError(f"{path}: damaged or cut off, or not of torch.save. {cause}") from error
 
 
@@ -144,8 +158,11 @@ def from_fork(
         return None
     ours = {fork: name for name, fork in fork_names(network.state_dict()).items()}
     tensors = {ours.get(name, name): value for name, value in content.items()}
-    scale_xy = tuple(metadata.get("scale_xy", FORK_SCALE_XY))  # converted files say another one
-    return WeightsFile(source, tensors, scale_xy=scale_xy, header=header_in(metadata))
+    try:
+        scale_xy = three_above_0(metadata.get("scale_xy", FORK_SCALE_XY))  # converted: another one
+        return WeightsFile(source, tensors, scale_xy=scale_xy, header=header_in(metadata))
+    except STRANGE as error:
+        raise UserError(f"{path}: a .pth with strange facts: damaged ({error}).") from None
 
 
 def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
@@ -164,12 +181,20 @@ def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
             source=f"{path} ({', '.join(['checkpoint', *facts])})",
             tensors=content["model"],
             class_names=content.get("class_names"),
-            scale_xy=tuple(content["scale_xy"]) if "scale_xy" in content else None,
+            scale_xy=three_above_0(content["scale_xy"]) if "scale_xy" in content else None,
             anchors=content.get("anchors"),
             header=header_in(content),
         )
-    except (KeyError, TypeError) as error:
+    except STRANGE as error:
         raise UserError(f"{path}: a checkpoint with strange facts: damaged ({error}).") from None
+
+
+def three_above_0(numbers: Sequence[float]) -> tuple[float, ...]:
+    """A scale_xy as a file has it. Raises ValueError or TypeError if it is none."""
+    numbers = tuple(numbers)
+    if len(numbers) != 3 or not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"scale_xy {numbers}")
+    return numbers
 
 
 def header_in(facts: Mapping[str, Any]) -> Header | None:

@@ -260,13 +260,15 @@ def test_what_this_network_has_no_place_for_is_told(folder, done):
 
 
 def test_the_user_is_told_to_keep_what_the_new_file_does_not_hold(folder, done):
-    best, everything = folder / "best.pt", "class names, anchors and input size"
-    assert f"does not hold {everything}: keep {best}" in done(best, folder / "a.pth")
+    best, everything = folder / "best.pt", "class names, anchors, input size"
+    assert f"does not hold {everything} or score threshold: keep {best}" in done(
+        best, folder / "a.pth"
+    )
     printed = done(best, folder / "a.weights")
-    assert f"does not hold {everything}: keep {best}" in printed
+    assert f"does not hold {everything} or score threshold: keep {best}" in printed
     assert "--cfg_out" in printed
     printed = done(best, folder / "b.weights", "--cfg_out", folder / "b.cfg")
-    assert f"does not hold class names: keep {best}" in printed
+    assert f"does not hold class names or score threshold: keep {best}" in printed
     assert "--cfg_out" not in printed
     assert "note" not in done(best, folder / "b.pt")
 

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from nets.darknet_format import save_darknet_weights
 from nets.fold import fold_batch_norm
 from nets.yolo import YoloV4
+from utils.errors import UserError
 
 
 def random_network():
@@ -36,6 +38,14 @@ def test_folding_twice_changes_nothing():
     folded = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     fold_batch_norm(network)
     assert all(torch.equal(folded[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_a_folded_network_is_not_written_as_a_darknet_file(tmp_path):
+    network = random_network()
+    fold_batch_norm(network)
+    with pytest.raises(UserError, match="BN folded in"):
+        save_darknet_weights(network, tmp_path / "a.weights")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_in_training_mode_is_refused():

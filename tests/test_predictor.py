@@ -290,3 +290,12 @@ def test_a_picture_far_larger_than_the_input_is_antialiased(predictor):
         highest.append(predictor.max_score)
     assert highest[0] == pytest.approx(highest[1], abs=0.01)
     assert highest[2] != pytest.approx(highest[1], abs=0.01)
+
+
+def test_a_checkpoint_of_a_failed_training_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "best.pt")
+    checkpoint = read_checkpoint(path)
+    checkpoint["model"]["backbone.stem.conv.weight"].fill_(float("nan"))
+    save_checkpoint(path, checkpoint)
+    with pytest.raises(UserError, match=r"NaN or infinite values in backbone\.stem"):
+        Predictor(path)

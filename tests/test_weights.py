@@ -2,11 +2,13 @@ import io
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 
 import pytest
 import torch
 
 from nets.darknet_format import Header
+from nets.fork_format import fork_names
 from nets.weights import load_weights
 from nets.weights_file import FORMAT_VERSION, read_torch_file, read_weights
 from nets.yolo import YoloV4
@@ -264,8 +266,67 @@ def test_weights_of_a_training_that_diverged_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts", [{"scale_xy": None}, {"darknet": 3}, {"darknet": {"version": [0, 2, 5]}}]
+    "facts",
+    [
+        *({"scale_xy": value} for value in (None, 5, [1.0], [1.0, float("nan"), 1.0], ["a"] * 3)),
+        *({"darknet": value} for value in (3, [1], {"version": [0, 2, 5]})),
+    ],
 )
 def test_a_checkpoint_with_strange_facts_is_refused(tmp_path, facts):
     path = save(tmp_path / "w.pt", checkpoint(small_model(), **facts))
     assert_refused(path, "strange facts: damaged")
+
+
+@pytest.mark.parametrize("metadata", [{"scale_xy": 5}, {"scale_xy": ["a"] * 3}, {"darknet": [1]}])
+def test_a_pth_with_strange_facts_is_refused(tmp_path, metadata):
+    state = small_model().state_dict()
+    names = fork_names(state)
+    fork = OrderedDict((names[name], tensor) for name, tensor in state.items())
+    fork._metadata = metadata
+    assert_refused(save(tmp_path / "w.pth", fork), "strange facts: damaged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        torch.Tensor.bool,
+        torch.Tensor.int,
+        torch.Tensor.to_sparse,
+        lambda tensor: tensor.to(torch.complex64),
+    ],
+)
+def test_a_tensor_of_no_plain_numbers_is_not_loaded(tmp_path, change):
+    state = small_model().state_dict()
+    for name in ("spp.before.0.conv.weight", "head_p3.output.weight"):
+        state[name] = change(state[name])
+    path = save(tmp_path / "w.pt", checkpoint(small_model(), model=state, class_names=["a", "b"]))
+    model = small_model(seed=1)
+    before = copy_of(model)
+    report = load_weights(model, path, class_names=["b", "c"])
+    for name in ("spp.before.0.conv.weight", "head_p3.output.weight"):
+        assert "no plain numbers" in report.skipped[name]
+        assert torch.equal(model.state_dict()[name], before[name])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit goes, its files stay
+def test_a_torchscript_archive_is_named_without_advice_to_run_it(tmp_path):
+    path = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 4, 4)), path)
+    with pytest.raises(UserError, match="holds Python objects") as error:
+        load_weights(small_model(), path)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 20])
+def test_an_impossible_number_of_outputs_is_named(tmp_path, rows):
+    state = small_model().state_dict()
+    state["head_p3.output.bias"] = torch.zeros(rows)
+    assert_refused(save(tmp_path / "w.pt", state), f"{rows} outputs a cell")
+
+
+@pytest.mark.parametrize(("names", "told"), [(None, False), (["a", "b"], True)])
+def test_outputs_of_unknown_classes_are_told_to_be_loaded_by_position(tmp_path, names, told):
+    path = save(tmp_path / "w.pt", small_model().state_dict())
+    report = load_weights(small_model(seed=1), path, class_names=names)
+    assert report.by_position is told
+    assert ("by position" in str(report)) is told

@@ -217,8 +217,8 @@ def notes(config: Config, source: Source) -> list[str]:
     if kind == ".pt" or source.weights.num_classes is None:
         return said
     if source.checkpoint:
-        lost = "class names" if config.cfg_out else "class names, anchors and input size"
-        said.append(f"it does not hold {lost}: keep {config.source}.")
+        lost = "class names" if config.cfg_out else "class names, anchors, input size"
+        said.append(f"it does not hold {lost} or score threshold: keep {config.source}.")
     if kind == ".weights" and config.cfg_out is None:
         said.append("darknet and OpenCV need a .cfg as well: --cfg_out FILE writes it.")
     return [*said, *decode_notes(kind, source.scale_xy)]

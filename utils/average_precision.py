@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.coco_precision import PictureTruth, flatten
+from utils.coco_precision import PictureTruth, flatten, flatten_truth
 
 ELEVEN_RECALLS = np.linspace(0, 1, 11)
 
@@ -144,8 +144,7 @@ def match_classes(
     ids (m,), boxes (m, 4) and difficult (m,).
     """
     found, pictures = flatten(detections, width=6)
-    objects = [np.column_stack((boxes, hard, ids)) for ids, boxes, hard in ground_truth]
-    truth, truth_pictures = flatten(objects, width=6)
+    truth, truth_pictures = flatten_truth(ground_truth)
     matches = []
     for class_id in range(num_classes):
         own, real = found[:, 5] == class_id, truth[:, 5] == class_id

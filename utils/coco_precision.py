@@ -36,8 +36,7 @@ def coco_average_precision(
     covered.
     """
     found, pictures = flatten(detections, width=6)
-    objects = [np.column_stack((boxes, hard, ids)) for ids, boxes, hard in ground_truth]
-    truth, truth_pictures = flatten(objects, width=6)
+    truth, truth_pictures = flatten_truth(ground_truth)
     curves = []
     for class_id in range(num_classes):
         own, real = found[:, 5] == class_id, truth[:, 5] == class_id
@@ -55,6 +54,12 @@ def flatten(parts: Sequence[np.ndarray], *, width: int) -> tuple[np.ndarray, np.
     """A picture's rows behind one another, float64 (n, width), and each row's picture."""
     rows = np.concatenate([np.zeros((0, width)), *parts])
     return rows, np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+
+
+def flatten_truth(ground_truth: Sequence[PictureTruth]) -> tuple[np.ndarray, np.ndarray]:
+    """All objects (m, 6): xyxy, difficult, class id, and each one's picture."""
+    objects = [np.column_stack((boxes, hard, ids)) for ids, boxes, hard in ground_truth]
+    return flatten(objects, width=6)
 
 
 def match(

@@ -14,8 +14,6 @@ from utils.letterbox import letterbox_geometry, resize
 from utils.voc import Sample
 
 GIB = 2**30
-
-
 REDUCTIONS = (1, 2, 4, 8)  # at which a JPEG can be decoded
 
 

@@ -81,6 +81,9 @@ def test_a_run_that_begins_anew_may_have_a_new_formula(file, tmp_path):
     record_source(run, "of a formula that raised in the first step")
     run.folder.mkdir()
     check_source(run, source_hash(MINE))
+    (run.folder / "last.pt").touch()  # now there is something to go on with
+    with pytest.raises(UserError, match="has changed since"):
+        check_source(run, source_hash(MINE))
 
 
 def test_an_edit_while_the_comparison_runs_stops_it(file, tmp_path):

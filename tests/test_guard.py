@@ -86,6 +86,7 @@ def test_a_training_with_an_update_or_without_any_has_learnt_what_it_could():
     guard.check({"total": math.nan}, skipped=True, pictures=[])
     guard.updated()
     guard.check_learnt()
+    assert (guard.made, guard.skipped) == (1, 1)
 
 
 def test_a_bad_batch_that_ends_no_update_is_told_but_not_counted():

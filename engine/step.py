@@ -10,6 +10,7 @@ from engine.distributed import world_size
 from engine.figures import HostFigures
 from engine.guard import BatchNormRollback, StateRollback
 from engine.optimizer import Ema
+from utils.heap import keep_freed_memory, map_large_blocks
 
 
 class TrainStep:
@@ -38,6 +39,9 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.rollbacks = (BatchNormRollback(model), StateRollback(loss))
         self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.on_cpu = device.type == "cpu"
+        if self.on_cpu:
+            map_large_blocks()
 
     def __call__(
         self,
@@ -55,6 +59,8 @@ class TrainStep:
         """
         for rollback in self.rollbacks:
             rollback.snapshot()
+        if self.on_cpu:
+            hold_gradients(self.model)
         terms = self._backward(images, targets, group_size, cells=cells)
         finite = on_every_rank(terms["total"].detach().isfinite())
         for rollback in self.rollbacks:
@@ -65,6 +71,8 @@ class TrainStep:
             norm = self._update()
             skipped = ~self.finite
             self.finite = torch.ones_like(self.finite)
+        if self.on_cpu:
+            keep_freed_memory()
         return HostFigures(dict(terms, grad_norm=norm, finite=finite, skipped=skipped))
 
     def rehearse(self, images: Tensor, targets: Tensor) -> None:
@@ -97,7 +105,7 @@ class TrainStep:
         else:
             self.optimizer.found_inf = (~self.finite).float()
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.on_cpu)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return norm
@@ -107,6 +115,19 @@ def to_input(images: Tensor, device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) on the host -> float32 0..1 on the device, channels_last."""
     images = images.to(device, non_blocking=True)
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def hold_gradients(model: nn.Module) -> None:
+    """Give every parameter that is trained, and no other, a gradient to be kept over all steps.
+
+    On a CPU; made anew in each step they would lie between the activations and leave gaps as those
+    go. Adding to them costs no more than fetching fresh pages.
+    """
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.grad = None  # of zeros, it would still decay the weights
+        elif parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def on_every_rank(flag: Tensor) -> Tensor:

@@ -4,10 +4,14 @@ import math
 
 from torch import Tensor, nn
 
+from nets.lean import is_lean, lean_unit
+from nets.mish import Mish
+from nets.recipe import LEAKY_SLOPE
+
 ACTIVATIONS = {
-    "mish": nn.Mish,
+    "mish": Mish,
     # In place is safe: BN's backward needs its input, leaky ReLU's only the sign of the result.
-    "leaky": lambda: nn.LeakyReLU(0.1, inplace=True),
+    "leaky": lambda: nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
 }
 
 
@@ -31,6 +35,8 @@ class ConvBnAct(nn.Module):
         self.act = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_lean(x, self.conv, self.bn):
+            return lean_unit(x, self.conv, self.bn, mish=isinstance(self.act, Mish))
         return self.act(self.bn(self.conv(x)))
 
 

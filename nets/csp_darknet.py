@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nets.blocks import ConvBnAct, scale_channels, scale_repeats
+from nets.recipe import add, concatenate
 from nets.recompute import run_recomputed
 
 STEM_CHANNELS = 32
@@ -34,7 +35,7 @@ class Residual(nn.Module):
         self.expand = MishConv(inner_channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.expand(self.reduce(x))
+        return add(x, self.expand(self.reduce(x)))
 
 
 class CspStage(nn.Module):
@@ -63,7 +64,7 @@ class CspStage(nn.Module):
         x = self.down(x)
         short = self.short(x)
         main = self.transition(self.residuals(self.main(x)))
-        return self.merge(torch.cat((main, short), dim=1))
+        return self.merge(concatenate(main, short))
 
 
 class CSPDarknet53(nn.Module):

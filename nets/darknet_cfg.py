@@ -12,11 +12,12 @@ from torch import nn
 
 from nets.blocks import ConvBnAct
 from nets.csp_darknet import CspStage
+from nets.mish import Mish
 from nets.neck import BottomUp, TopDown
 from nets.yolo import ANCHORS_PER_SCALE, YoloV4
 from utils.errors import UserError
 
-ACTIVATION_NAMES = {nn.Mish: "mish", nn.LeakyReLU: "leaky"}
+ACTIVATION_NAMES = {Mish: "mish", nn.LeakyReLU: "leaky"}
 # What changes a layer's result, with darknet's defaults. Padding follows from the size.
 STRUCTURE = {
     "filters": "1",

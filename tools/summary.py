@@ -132,7 +132,7 @@ def totals(model: YoloV4, layers: list[Layer], input_shape: tuple[int, int]) -> 
         f"weights      {weights:,.0f} MiB in float32\n"
         f"activations  {activations:,.0f} MiB a picture in float32, kept for the backward pass\n"
         f"training     about {4 * weights:,.0f} MiB + {activations:,.0f} MiB a picture; "
-        f"with autocast about half as much a picture"
+        f"with autocast, or on a CPU,\n{'':13}about half as much a picture"
     )
 
 

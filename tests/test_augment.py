@@ -10,11 +10,11 @@ from utils.augment import (
     Augmentation,
     Picture,
     mixup,
-    paste,
     place_picture,
     random_mosaic,
     random_single,
     scale_hsv,
+    seen_boxes,
 )
 from utils.errors import UserError
 from utils.letterbox import GREY
@@ -94,20 +94,21 @@ def test_boxes_follow_the_pixels_of_a_mosaic(input_hw):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_placement_is_exact_beyond_every_edge_of_the_canvas(flip):
-    picture = drawn((60, 80), [[5, 10, 25, 50], [40, 2, 78, 30]])
+    picture = drawn((60, 80), [[5, 10, 25, 50], [40, 2, 78, 30]], [0, 1])
     for top, left in [(0, 0), (-37, -51), (20, 33), (-100, 63), (63, -100)]:
         canvas = np.full((64, 64, 3), GREY, np.uint8)
         placement = place_picture(
-            (60, 80), (64, 64), size_hw=(101, 137), top_left=(top, left), flip=flip
+            (60, 80), (0, 0, 64, 64), size_hw=(101, 137), top_left=(top, left), flip=flip
         )
-        seen = paste(picture, placement, canvas, min_visible=0)
+        placement.draw(picture.image, canvas)
+        seen = seen_boxes([picture], [placement], min_visible=0)
         assert_boxes_lie_on_their_colours(Picture(canvas, *seen))
         scale = np.array([137 / 80, 101 / 60] * 2)
         boxes = picture.boxes_xyxy[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [80, 0, 80, 0]
         ideal = (boxes if flip else picture.boxes_xyxy) * scale + [left, top, left, top]
         # The part seen is rounded to whole pixels of the source: half of one is 0.86 here.
-        mapped = placement.map_boxes(picture.boxes_xyxy)
-        assert np.abs(mapped.clip(0, 64) - ideal.clip(0, 64)).max() < 0.9
+        for box, index in zip(*seen, strict=True):
+            assert np.abs(box - ideal[index].clip(0, 64)).max() < 0.9
 
 
 def test_a_whole_picture_at_its_own_size_is_copied_and_flipped_without_a_change():
@@ -115,8 +116,11 @@ def test_a_whole_picture_at_its_own_size_is_copied_and_flipped_without_a_change(
     picture = Picture(image, np.array([[3, 4, 10, 20]], np.float32), np.array([7]))
     for flip, expected, box in [(False, image, [5, 5, 12, 21]), (True, image[:, ::-1], 0)]:
         canvas = np.zeros((40, 40, 3), np.uint8)
-        placement = place_picture((20, 30), (40, 40), size_hw=(20, 30), top_left=(1, 2), flip=flip)
-        boxes_xyxy, class_ids = paste(picture, placement, canvas, min_visible=0)
+        placement = place_picture(
+            (20, 30), (0, 0, 40, 40), size_hw=(20, 30), top_left=(1, 2), flip=flip
+        )
+        placement.draw(picture.image, canvas)
+        boxes_xyxy, class_ids = seen_boxes([picture], [placement], min_visible=0)
         assert (canvas[1:21, 2:32] == expected).all()
         assert boxes_xyxy.tolist() == [[22, 5, 29, 21] if flip else box]
         assert class_ids.tolist() == [7]
@@ -157,9 +161,10 @@ def test_boxes_end_at_the_seams_of_a_mosaic():
 def test_cut_boxes_are_kept_ignored_or_dropped_by_what_is_left_of_them(min_visible):
     boxes = np.array([[0, 0, 10, 10], [0, 0, 30, 10], [0, 0, 21, 10], [30, 5, 50, 6]], np.float32)
     picture = Picture(np.zeros((50, 50, 3), np.uint8), boxes, np.arange(4))
-    canvas = np.zeros((50, 30, 3), np.uint8)
-    placement = place_picture((50, 50), (50, 30), size_hw=(50, 50), top_left=(0, -20), flip=False)
-    boxes_xyxy, class_ids = paste(picture, placement, canvas, min_visible=min_visible)
+    placement = place_picture(
+        (50, 50), (0, 0, 30, 50), size_hw=(50, 50), top_left=(0, -20), flip=False
+    )
+    boxes_xyxy, class_ids = seen_boxes([picture], [placement], min_visible=min_visible)
     # Out of view, a third in view, one pixel wide, one pixel high.
     assert boxes_xyxy.tolist() == [[0, 0, 10, 10]]
     assert class_ids.tolist() == [1 if min_visible == 0 else -1]

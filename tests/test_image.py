@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from utils.errors import UserError
-from utils.image import check_image, image_size, read_image, upright_boxes
+from utils.image import check_image, image_size, is_plain_jpeg, read_image, upright_boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 RED, BLUE = (220, 30, 30), (20, 40, 200)
@@ -257,3 +257,41 @@ def test_a_reduced_picture_is_turned_upright_too(tmp_path, orientation):
     assert small.shape[:2] == tuple(side // 4 for side in whole.shape[:2])
     middles = whole[2::4, 2::4].astype(int)
     assert (np.abs(middles - small) > 60).mean() < 0.05
+
+
+def jpeg(mode="RGB", **options):
+    data = io.BytesIO()
+    Image.fromarray(noise()).convert(mode).save(data, "JPEG", **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "plain"),
+    [
+        (jpeg(), True),
+        (jpeg("L"), True),
+        (jpeg(progressive=True, comment="a comment"), True),
+        (jpeg("CMYK"), False),
+        (jpeg(exif=exif_with(6)), False),
+        (jpeg(icc_profile=b"profile"), False),
+        (in_memory(noise(), exif_with(1)).fp.getvalue(), False),
+        (b"", False),
+    ],
+    ids=["colour", "grey", "progressive", "CMYK", "EXIF", "ICC", "PNG", "empty"],
+)
+def test_a_plain_jpeg_is_told_by_its_segments(data, plain):
+    assert is_plain_jpeg(data) == plain
+
+
+def test_a_header_cut_anywhere_is_no_plain_jpeg():
+    data = jpeg()
+    frame = data.index(b"\xff\xc0")
+    assert not any(is_plain_jpeg(data[:length]) for length in range(frame + 9))
+    assert is_plain_jpeg(data[: frame + 10])
+
+
+def test_a_huge_frame_is_left_to_pillow():
+    data = bytearray(jpeg())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
+    assert not is_plain_jpeg(bytes(data))

@@ -88,22 +88,22 @@ class Placement(NamedTuple):
         patch = resize(image[y1:y2, x1:x2], (bottom - top, right - left))
         canvas[top:bottom, left:right] = cv2.flip(patch, 1) if self.flip else patch
 
-    def map_boxes(self, boxes_xyxy: np.ndarray) -> np.ndarray:
-        """(n, 4) boxes of the picture -> (n, 4) float32 on the canvas."""
+    def box_map(self) -> tuple[tuple[float, ...], ...]:
+        """For boxes of the picture: (smallest, largest, subtract, multiply, add), four each.
+
+        A flipped box comes out with its left and right edge exchanged.
+        """
         x1, y1, x2, y2 = self.part_xyxy
         left, top, right, bottom = self.canvas_xyxy
         scale_x, scale_y = (right - left) / (x2 - x1), (bottom - top) / (y2 - y1)
-        if self.flip:
-            x1, scale_x = x2, -scale_x
-            boxes_xyxy = boxes_xyxy[:, [2, 1, 0, 3]]
-        offset = np.array((x1, y1, x1, y1), np.float64)
-        scale = np.array((scale_x, scale_y, scale_x, scale_y))
-        return ((boxes_xyxy - offset) * scale + (left, top, left, top)).astype(np.float32)
+        start, scale_x = (x2, -scale_x) if self.flip else (x1, scale_x)
+        scale = (scale_x, scale_y, scale_x, scale_y)
+        return (x1, y1, x1, y1), (x2, y2, x2, y2), (start, y1, start, y1), scale, (left, top) * 2
 
 
 def place_picture(
     image_hw: tuple[int, int],
-    canvas_hw: tuple[int, int],
+    area_xyxy: tuple[int, int, int, int],
     *,
     size_hw: tuple[int, int],
     top_left: tuple[int, int],
@@ -111,46 +111,49 @@ def place_picture(
 ) -> Placement:
     """Where a picture goes that is flipped or not, resized to `size_hw` and put at `top_left`.
 
-    It may reach over the canvas, but must touch it. What is seen of it is rounded to whole pixels
-    of the picture, at least one.
+    What lies outside the area of the canvas is not drawn, but some must lie inside. That part is
+    rounded to whole pixels of the picture, at least one.
     """
     (y1, y2, top, bottom), (x1, x2, left, right) = (
-        place_side(*side) for side in zip(image_hw, canvas_hw, size_hw, top_left, strict=True)
+        place_side(image_hw[i], area_xyxy[1 - i :: 2], size_hw[i], top_left[i]) for i in (0, 1)
     )
     if flip:
         x1, x2 = image_hw[1] - x2, image_hw[1] - x1
     return Placement((x1, y1, x2, y2), (left, top, right, bottom), flip)
 
 
-def place_side(whole: int, canvas: int, size: int, offset: int) -> tuple[int, int, int, int]:
+def place_side(
+    whole: int, area: tuple[int, int], size: int, offset: int
+) -> tuple[int, int, int, int]:
     """One axis of it: the part of the picture from and to, its place on the canvas from and to."""
-    start, stop = max(offset, 0), min(offset + size, canvas)
+    start, stop = max(offset, area[0]), min(offset + size, area[1])
     first = min(round((start - offset) * whole / size), whole - 1)
     last = max(round((stop - offset) * whole / size), first + 1)
     return first, last, start, stop
 
 
-def paste(
-    picture: Picture, placement: Placement, canvas: np.ndarray, *, min_visible: float
+def seen_boxes(
+    pictures: Sequence[Picture], placements: Sequence[Placement], *, min_visible: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a picture on the canvas; returns the boxes_xyxy and class_ids that are seen there.
+    """The boxes_xyxy (n, 4) float32 and class_ids (n,) of what is seen of placed pictures.
 
     Boxes are cut at the edges of the part seen, and dropped when a side is MIN_BOX_SIDE or less; of
-    the others, those with less than `min_visible` of their area in view get the class -1.
+    the others, those with less than `min_visible` of their area in view get the class -1. All
+    pictures at once: a call of NumPy costs as much as its work here.
     """
-    placement.draw(picture.image, canvas)
-    if not len(picture.boxes_xyxy):
-        return picture.boxes_xyxy, picture.class_ids
-    x1, y1, x2, y2 = placement.part_xyxy
-    in_view = np.clip(
-        picture.boxes_xyxy, np.float32((x1, y1, x1, y1)), np.float32((x2, y2, x2, y2))
-    )
-    class_ids = picture.class_ids
+    counts = [len(picture.boxes_xyxy) for picture in pictures]
+    whole = np.concatenate([picture.boxes_xyxy for picture in pictures])
+    class_ids = np.concatenate([picture.class_ids for picture in pictures])
+    maps = np.array([placement.box_map() for placement in placements])
+    low, high, subtract, multiply, add = np.repeat(maps, counts, axis=0).transpose(1, 0, 2)
+    in_view = np.clip(whole, np.float32(low), np.float32(high))
     if min_visible:
-        hidden = box_areas(in_view) < min_visible * box_areas(picture.boxes_xyxy)
+        hidden = box_areas(in_view) < min_visible * box_areas(whole)
         class_ids = np.where(hidden, -1, class_ids)
-    boxes_xyxy = placement.map_boxes(in_view)
-    keep = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] > MIN_BOX_SIDE).all(axis=1)
+    mapped = ((in_view - subtract) * multiply + add).astype(np.float32)
+    first, second = mapped[:, :2], mapped[:, 2:]
+    boxes_xyxy = np.concatenate((np.minimum(first, second), np.maximum(first, second)), axis=1)
+    keep = (np.abs(second - first) > MIN_BOX_SIDE).all(axis=1)
     return boxes_xyxy[keep], class_ids[keep]
 
 
@@ -209,10 +212,12 @@ def random_single(
     top, left = (int(rng.integers(min(0, room), max(0, room), endpoint=True)) for room in rooms)
     flip = rng.random() < augmentation.flip_prob
     picture = source.for_size(size_hw)
+    area_xyxy = (0, 0, *reversed(input_hw))
     placement = place_picture(
-        picture.image_hw, input_hw, size_hw=size_hw, top_left=(top, left), flip=flip
+        picture.image_hw, area_xyxy, size_hw=size_hw, top_left=(top, left), flip=flip
     )
-    seen = paste(picture, placement, canvas, min_visible=augmentation.min_visible)
+    placement.draw(picture.image, canvas)
+    seen = seen_boxes([picture], [placement], min_visible=augmentation.min_visible)
     return Picture(random_hsv(canvas, augmentation, rng), *seen)
 
 
@@ -226,42 +231,34 @@ def random_mosaic(
     """Four pictures around a random crossing, each with a corner at it; boxes end at the seams."""
     canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
     fractions = rng.uniform(*augmentation.mosaic_centre, size=2)
-    seam = np.rint(fractions * input_hw).astype(int).clip(1, np.array(input_hw) - 1)
-    boxes_xyxy, class_ids = [], []
-    for source, after_seam in zip(sources, MOSAIC_QUADRANTS, strict=True):
-        rows, columns = (
-            slice(cross, None) if after else slice(0, cross)
-            for cross, after in zip(seam, after_seam, strict=True)
-        )
-        boxes, ids = paste_at_corner(
-            source,
-            canvas[rows, columns],
-            input_hw,
-            after_seam=after_seam,
-            augmentation=augmentation,
-            rng=rng,
-        )
-        origin = np.array((columns.start, rows.start) * 2, dtype=np.float32)
-        boxes_xyxy.append(boxes + origin)
-        class_ids.append(ids)
-    image = random_hsv(canvas, augmentation, rng)
-    return Picture(image, np.concatenate(boxes_xyxy), np.concatenate(class_ids))
+    seam = tuple(
+        min(max(round(fraction * side), 1), side - 1)
+        for fraction, side in zip(fractions.tolist(), input_hw, strict=True)
+    )
+    placed = [
+        place_at_corner(*(source, seam, after_seam, input_hw), augmentation=augmentation, rng=rng)
+        for source, after_seam in zip(sources, MOSAIC_QUADRANTS, strict=True)
+    ]
+    for picture, placement in placed:
+        placement.draw(picture.image, canvas)
+    pictures, placements = zip(*placed, strict=True)
+    seen = seen_boxes(pictures, placements, min_visible=augmentation.min_visible)
+    return Picture(random_hsv(canvas, augmentation, rng), *seen)
 
 
-def paste_at_corner(
+def place_at_corner(
     source: Source,
-    quadrant: np.ndarray,
+    seam: tuple[int, int],
+    after_seam: tuple[bool, bool],
     input_hw: tuple[int, int],
     *,
-    after_seam: tuple[bool, bool],
     augmentation: Augmentation,
     rng: np.random.Generator,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a picture into the corner of its quadrant where the seams cross; `paste`'s result.
+) -> tuple[Picture, Placement]:
+    """A picture at a random size with a corner at the crossing of the seams (row, column).
 
-    after_seam: whether the quadrant is below, and right of, the crossing.
+    after_seam: whether it is below, and right of, the crossing.
     """
-    quadrant_hw = quadrant.shape[:2]
     size_hw = random_size(
         source.image_hw,
         input_hw,
@@ -269,16 +266,18 @@ def paste_at_corner(
         jitter=augmentation.jitter,
         rng=rng,
     )
-    top, left = (
-        0 if after else side - size
-        for side, size, after in zip(quadrant_hw, size_hw, after_seam, strict=True)
-    )
     flip = rng.random() < augmentation.flip_prob
     picture = source.for_size(size_hw)
-    placement = place_picture(
-        picture.image_hw, quadrant_hw, size_hw=size_hw, top_left=(top, left), flip=flip
+    (row, column), (height, width), (below, right) = seam, input_hw, after_seam
+    area_xyxy = (
+        *(column if right else 0, row if below else 0),
+        *(width if right else column, height if below else row),
     )
-    return paste(picture, placement, quadrant, min_visible=augmentation.min_visible)
+    top_left = (row if below else row - size_hw[0], column if right else column - size_hw[1])
+    placement = place_picture(
+        picture.image_hw, area_xyxy, size_hw=size_hw, top_left=top_left, flip=flip
+    )
+    return picture, placement
 
 
 def mixup(first: Picture, second: Picture) -> Picture:

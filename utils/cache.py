@@ -93,8 +93,8 @@ class PictureCache:
             image = self._view(index, reduction)
         else:
             image, reduction = self._view(index, 1), 1
-        down, across = np.divide(kept, self.samples[index].image_hw) / reduction
-        return image, (down, across)
+        height, width = self.samples[index].image_hw
+        return image, (kept[0] / height / reduction, kept[1] / width / reduction)
 
     def _offset(self, kept: tuple[int, int], count: int) -> int:
         """Bytes that a picture's first `count` reductions take."""

@@ -1,17 +1,22 @@
-"""From a picture to its boxes, batch 1: ours beside the original fork's method.
+"""From a picture to its boxes, batch 1: ours beside the original fork's method, and others.
 
     python -m benchmarks.detect [--device cuda]
+    python -m benchmarks.detect --network --engines onnxruntime openvino   # pip install them, onnx
+                                                                           # and onnxscript first
 
-Full YOLOv4 with random weights, the same in both. Ours is the Predictor: letterbox, the network
+Full YOLOv4 with random weights, the same in all. Ours is the Predictor: letterbox, the network
 with BN folded, decode, NMS for all classes at once. The fork's: Pillow's bicubic resize, its own
-network, its decode, NMS class by class. In alternating rounds in one process.
+network, its decode, NMS class by class. Each runs in processes of its own, in turn. With --network
+only the network is timed, from a tensor to its maps: that is what other engines run.
 """
 
 import dataclasses
+import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +24,17 @@ import torch
 import torchvision
 import tyro
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.fork_network import ForkYolo
+from benchmarks.processes import run_in_turn
 from engine.checkpoint import save_checkpoint
 from engine.foreign import FileFacts, as_checkpoint
 from engine.predictor import Predictor
 from tests.reference_loss import ANCHORS
-from utils.errors import run_script
+from utils.errors import UserError, run_script
+
+ENGINES = ("onnxruntime", "openvino")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,32 +44,120 @@ class Config:
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     picture: tuple[int, int] = (480, 640)  # height, width of the picture
     num_classes: int = 20
-    conf_threshold: float = 0.3
-    rounds: int = 15  # of each
+    conf_threshold: float = 0.001  # some 150 boxes are found
+    network: bool = False  # time the network alone
+    engines: tuple[str, ...] = ()  # beside it: onnxruntime, openvino
+    pictures: int = 8  # timed ones of a process
+    rounds: int = 3  # processes of each variant
     seed: int = 0
+    variant: str = ""  # used by the processes: fork, ours or an engine
 
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    if unknown := set(config.engines) - set(ENGINES):
+        raise UserError(f"--engines {' '.join(sorted(unknown))}: choose from {', '.join(ENGINES)}.")
+    if config.engines and not config.network:
+        raise UserError("--engines run the network alone: add --network.")
+    if config.variant:
+        print(json.dumps(measure(config)))
+        return
+    found = run_in_turn("benchmarks.detect", ("fork", "ours", *config.engines), config.rounds)
+    print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    seconds = {
+        variant: statistics.median(one["seconds"] for one in results)
+        for variant, results in found.items()
+    }
+    for variant, taken in seconds.items():
+        boxes = "" if config.network else f", {found[variant][0]['boxes']} boxes"
+        print(f"{variant:12s}{1e3 * taken:8.1f} ms{boxes}")
+    for variant, taken in seconds.items():
+        if variant != "ours":
+            print(f"ratio {taken / seconds['ours']:.2f} ({variant} / ours)")
+
+
+def measure(config: Config) -> dict[str, float]:
+    """Median seconds of one variant, and how many boxes it finds."""
     torch.manual_seed(config.seed)
     fork = ForkYolo(config.num_classes).eval()
-    with tempfile.TemporaryDirectory() as name:
-        predictor = as_predictor(fork, Path(name), config)
-        path = Path(name) / "picture.jpg"
-        pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-        size = config.picture[::-1]
-        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-        fork.to(config.device)
-        methods = {
-            "fork": lambda: fork_detect(fork, path, config),
-            "ours": lambda: predictor(path).boxes_xyxy,
-        }
-        found = {name: len(detect()) for name, detect in methods.items()}
-        seconds = measure(methods, config.rounds)
-    print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    for name, taken in seconds.items():
-        print(f"{name:5s} {1e3 * taken:8.1f} ms, {found[name]} boxes")
-    print(f"ratio {seconds['fork'] / seconds['ours']:.2f} (fork / ours)")
+    widen(fork)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        detect = (network_alone if config.network else picture_to_boxes)(fork, folder, config)
+        boxes = len(detect())
+        seconds = []
+        for _ in range(config.pictures):
+            synchronize(config.device)
+            start = time.perf_counter()
+            detect()
+            synchronize(config.device)
+            seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "boxes": boxes}
+
+
+def widen(fork: ForkYolo) -> None:
+    """Give the random network outputs that differ between cells: some become boxes."""
+    for module in fork.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.weight, std=1.0)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], np.ndarray]:
+    path = folder / "picture.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
+    size = config.picture[::-1]
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
+    if config.variant == "ours":
+        predictor = as_predictor(fork, folder, config)
+        return lambda: predictor(path).boxes_xyxy
+    fork.to(config.device)
+    return lambda: fork_detect(fork, path, config)
+
+
+def network_alone(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], object]:
+    images = torch.rand(1, 3, *config.input_shape)
+    if config.variant in ENGINES:
+        return engine(config.variant, as_onnx(fork, folder, images), images.numpy())
+    images = images.to(config.device)
+    if config.variant == "ours":
+        fork = as_predictor(fork, folder, config).model
+        images = images.contiguous(memory_format=torch.channels_last)
+    fork.to(config.device)
+    return torch.inference_mode()(lambda: fork(images))
+
+
+def as_onnx(fork: ForkYolo, folder: Path, images: Tensor) -> Path:
+    """The fork's network as a file, its activation as the operation that runtimes know."""
+    for module in list(fork.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "Mish":
+                setattr(module, name, nn.Mish())
+    path = folder / "network.onnx"
+    torch.onnx.export(fork, (images,), path, opset_version=18, verbose=False)
+    return path
+
+
+def engine(name: str, path: Path, images: np.ndarray) -> Callable[[], object]:
+    """A call that runs the network with another engine, on as many threads as torch has."""
+    threads = torch.get_num_threads()
+    if name == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: images}
+        return lambda: session.run(None, feed)
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+    return lambda: request.infer({0: images})
 
 
 def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
@@ -77,17 +173,6 @@ def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
     return Predictor(
         folder / "fork.pt", device=config.device, conf_threshold=config.conf_threshold, nms_iou=0.3
     )
-
-
-def measure(methods: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds):
-        for name, detect in methods.items():
-            start = time.perf_counter()
-            detect()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 @torch.no_grad()

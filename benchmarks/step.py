@@ -11,11 +11,8 @@ benchmarks/fork_network.py in float32 with tests/reference_loss.py.
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import tyro
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.fork_network import ForkYolo
 from benchmarks.load_weights import RESET_PEAK, status_bytes
+from benchmarks.processes import run_in_turn
 from engine.optimizer import build_optimizer
 from engine.recipe import amp_dtype
 from engine.step import TrainStep
@@ -38,13 +36,13 @@ MIB = 2**20
 class Config:
     # Every line is a flag; its comment is the flag's help.
     device: str = "cpu"  # cpu or cuda
-    batch_size: int = 2  # pictures
+    batch_size: int = 4  # pictures
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     num_classes: int = 20
     boxes: int = 8  # a picture
     amp: str = "off"  # of ours: off, bf16 or fp16
     recompute: bool = False  # of ours
-    steps: int = 3  # timed ones of a process
+    steps: int = 2  # timed ones of a process
     rounds: int = 3  # processes of each variant
     variant: str = ""  # used by the processes: ours or fork
 
@@ -56,10 +54,7 @@ def main() -> None:
     if config.variant:
         print(json.dumps(measure(config)))
         return
-    found: dict[str, list[dict[str, float]]] = {"fork": [], "ours": []}
-    for _ in range(config.rounds):
-        for variant, results in found.items():
-            results.append(run_variant(variant))
+    found = run_in_turn("benchmarks.step", ("fork", "ours"), config.rounds)
     print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     medians = {
         variant: {key: statistics.median(one[key] for one in results) for key in results[0]}
@@ -73,16 +68,6 @@ def main() -> None:
     fork, ours = medians["fork"], medians["ours"]
     print(f"time   {fork['seconds'] / ours['seconds']:.2f} (fork / ours)")
     print(f"memory {ours['peak'] / fork['peak']:.2f} (ours / fork)")
-
-
-def run_variant(variant: str) -> dict[str, float]:
-    """What a process of its own measures; it gets this one's flags."""
-    command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:], "--variant", variant]
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(config: Config) -> dict[str, float]:

@@ -16,6 +16,7 @@ from engine.foreign import FileFacts, read_network
 from utils.calibration import is_measured
 from utils.decode import decode
 from utils.errors import UserError
+from utils.heap import keep_freed_memory
 from utils.image import read_image
 from utils.letterbox import letterbox, letterbox_to_image
 from utils.nms import non_max_suppression
@@ -78,6 +79,8 @@ class Predictor:
         self.input_shape = tuple(checkpoint["input_shape"])
         self.scale_xy = checkpoint["scale_xy"]
         self.model = build_model(checkpoint, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.max_score: float | None = None
 
     def __call__(

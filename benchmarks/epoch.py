@@ -1,0 +1,121 @@
+"""Training fed by the loader against the same steps on one batch: does the loader keep up?
+
+    python -m benchmarks.epoch --device cuda --batch_size 64 --num_workers 16 --amp bf16 \\
+        --data VOCdevkit/BCCD:train --classes_path VOCdevkit/BCCD/classes.txt --cache
+    python -m benchmarks.epoch --width 0.1 --depth 0.1 --steps 5   # a small run on the CPU
+
+The data set is repeated until it fills all steps. Without --data the pictures are drawn.
+"""
+
+import dataclasses
+import itertools
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import tyro
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from benchmarks.loader import Config as LoaderConfig
+from benchmarks.loader import draw_pictures
+from benchmarks.loss import synchronize
+from engine.optimizer import Ema, build_optimizer
+from engine.recipe import amp_dtype
+from engine.step import TrainStep
+from losses.yolo_loss import YOLOLoss
+from nets.yolo import YoloV4
+from tests.reference_loss import ANCHORS
+from utils.dataset import VocDataset, collate, init_worker
+from utils.errors import UserError, run_script
+from utils.voc import Sample, read_class_names, read_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Every line is a flag; its comment is the flag's help.
+    device: str = "cpu"  # cpu or cuda
+    data: str = ""  # a split, ROOT:SPLIT, in place of drawn pictures
+    classes_path: str = ""  # its class names
+    width: float = 1.0
+    depth: float = 1.0
+    batch_size: int = 8  # pictures
+    input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
+    num_workers: int = 2
+    cache: bool = False  # decoded pictures in memory
+    amp: str = "off"  # off, bf16 or fp16
+    warm_up: int = 3  # steps before the clock starts
+    steps: int = 50  # timed ones
+
+
+def main() -> None:
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device. Use --device cpu.")
+    with tempfile.TemporaryDirectory() as folder:
+        samples, classes = find_samples(config, Path(folder))
+        step = make_step(config, classes)
+        batches = iter(make_loader(config, samples))
+        first = next(batches)
+        alone = rate(step, itertools.repeat(first), config)
+        loaded = rate(step, batches, config)
+    print(f"{config}, torch {torch.__version__}")
+    print(f"one batch again and again {alone:8.1f} pictures/s")
+    print(f"from the loader           {loaded:8.1f} pictures/s")
+    print(f"ratio {loaded / alone:.3f} (loader / one batch)")
+
+
+def find_samples(config: Config, folder: Path) -> tuple[list[Sample], int]:
+    """The data set and its number of classes."""
+    if not config.data:
+        return draw_pictures(folder, LoaderConfig(pictures=64)), 3
+    names = read_class_names(config.classes_path)
+    return read_split(config.data, names), len(names)
+
+
+def make_loader(config: Config, samples: list[Sample]) -> DataLoader:
+    """As train.py makes it, with enough pictures for all steps."""
+    total = (1 + 2 * (config.warm_up + config.steps)) * config.batch_size
+    train_set = VocDataset(samples, config.input_shape, train=True, cache=config.cache)
+    order = [index % len(samples) for index in range(total)]
+    return DataLoader(
+        train_set,
+        sampler=order,
+        batch_size=config.batch_size,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        worker_init_fn=init_worker,
+        pin_memory=config.device == "cuda",
+    )
+
+
+def make_step(config: Config, classes: int) -> TrainStep:
+    device = torch.device(config.device)
+    model = YoloV4(classes, width=config.width, depth=config.depth)
+    model.to(device, memory_format=torch.channels_last).train()
+    return TrainStep(
+        model=model,
+        loss=YOLOLoss(ANCHORS, classes, config.input_shape).to(device),
+        optimizer=build_optimizer("sgd", model),
+        ema=Ema(model, 0.9998),
+        device=device,
+        amp_dtype=amp_dtype(config.amp, device),
+        clip_norm=10.0,
+    )
+
+
+def rate(step: TrainStep, batches: Iterable[tuple[Tensor, Tensor]], config: Config) -> float:
+    """Pictures a second, after the warm-up."""
+    for number, batch in enumerate(itertools.islice(batches, config.warm_up + config.steps)):
+        if number == config.warm_up:
+            synchronize(step.device)
+            start = time.perf_counter()
+        step(*batch)
+    synchronize(step.device)
+    return config.steps * config.batch_size / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    run_script(main)

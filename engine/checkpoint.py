@@ -8,6 +8,7 @@ import torch
 
 from nets.fold import fold_batch_norm
 from nets.weights_file import FORMAT_VERSION, from_checkpoint, read_torch_file
+from nets.winograd import use_winograd
 from nets.yolo import YoloV4
 from utils.errors import UserError
 from utils.files import replacing
@@ -44,7 +45,8 @@ def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, 
 
 
 def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> YoloV4:
-    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`."""
+    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`; on a CPU with
+    Winograd's convolutions where they gain."""
     with torch.device("meta"):  # no random weights, which would only be replaced
         model = YoloV4(
             len(checkpoint["class_names"]), width=checkpoint["width"], depth=checkpoint["depth"]
@@ -55,7 +57,9 @@ def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> Yo
     except RuntimeError as error:
         raise UserError(f"The checkpoint's weights do not fit its own network: {error}") from None
     fold_batch_norm(model.eval())
-    return model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last)
+    use_winograd(model)
+    return model
 
 
 def cpu_copy(value: Any) -> Any:

@@ -16,7 +16,7 @@ BLOCK = 2**18  # elements; three blocks of 1 MiB stay in the L2 and L3 caches
 
 
 class Mish(nn.Module):
-    """x tanh(softplus(x)). inplace: overwrite the input; for detection only."""
+    """x tanh(softplus(x)). inplace: overwrite the input if it has no gaps; for detection only."""
 
     def __init__(self, *, inplace: bool = False):
         super().__init__()
@@ -27,7 +27,9 @@ class Mish(nn.Module):
             return F.mish(x, self.inplace)
         if torch.is_grad_enabled() and x.requires_grad:
             return _Mish.apply(x)
-        return mish_(x if self.inplace else dense_copy(x))
+        if self.inplace and is_dense(x):
+            return mish_(x)
+        return mish_(dense_copy(x))
 
 
 class _Mish(torch.autograd.Function):
@@ -63,6 +65,11 @@ def mish_(x: Tensor) -> Tensor:
 def mish_backward_(x: Tensor, grad: Tensor) -> Tensor:
     """Overwrite x, dense in any order of memory, with grad * mish'(x); returns it."""
     return in_blocks(_mish_backward_block, x, grad)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x has no gaps, in one of the two usual orders."""
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def dense_copy(x: Tensor) -> Tensor:

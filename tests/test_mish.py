@@ -70,6 +70,11 @@ def test_in_place_the_input_is_overwritten():
     torch.testing.assert_close(x, F.mish(kept))
 
 
+def test_in_place_an_input_with_gaps_is_copied():
+    x = torch.randn(2, 6, 5, 8)[..., ::2]
+    torch.testing.assert_close(Mish(inplace=True)(x), F.mish(x))
+
+
 def test_half_precision_is_left_to_torch():
     x = torch.randn(100).bfloat16()
     assert torch.equal(Mish()(x), F.mish(x))

@@ -44,7 +44,8 @@ def main() -> None:
     if config.device == "cuda" and not torch.cuda.is_available() and not config.small:
         raise UserError("--device cuda: torch sees no CUDA device. Use --device cpu, or --small.")
     start = time.monotonic()
-    machine = measure_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = config.device == "cuda" and torch.cuda.is_available()
+    machine = measure_machine(torch.device("cuda" if gpu else "cpu"))
     lines = []
     rows = CPU_ROWS if config.device == "cpu" else CUDA_ROWS
     for row in tqdm(rows, unit="row", disable=None):
@@ -122,7 +123,8 @@ def number(pattern: str, output: str) -> float:
 
 
 def table(config: Config, machine: Machine, lines: list[str], *, minutes: float) -> str:
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    gpu = config.device == "cuda" and torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else "CPU"
     heading = f"## Table of speed, {config.device}, {datetime.date.today()}"
     small = "\nTiny sizes: the figures mean nothing." if config.small else ""
     return "\n".join(

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def draw_pictures(folder: Path, config: Config) -> list[Sample]:
-    """Textured JPEG pictures, about 80 kB each as photographs of the size are."""
+    """Textured JPEG pictures, about 68 kB each, as photographs of the size are."""
     rng = np.random.default_rng(0)
     samples = []
     for index in range(config.pictures):

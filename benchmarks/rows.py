@@ -193,12 +193,9 @@ CUDA_ROWS = (
         "benchmarks.detect --device cuda --pictures 30",
         (
             Figure(
-                what="picture to boxes, batch 1",
+                what="picture to boxes, batch 1, float32 in both",
                 aim="1.4 x",
                 found=rf"ratio {NUMBER} \(fork",
-                base=rf"ours\s+{NUMBER} ms",
-                unit=1e-3,
-                floor=forward_floor,
             ),
         ),
         small="--input_shape 64 64 --rounds 1 --pictures 1",

@@ -57,7 +57,7 @@ def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> Yo
     except RuntimeError as error:
         raise UserError(f"The checkpoint's weights do not fit its own network: {error}") from None
     fold_batch_norm(model.eval())
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=torch.channels_last).requires_grad_(False)
     use_winograd(model)
     return model
 

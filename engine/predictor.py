@@ -50,6 +50,7 @@ class Predictor:
     score that the last call saw, below the threshold or not; None before any picture. stand_in:
     the thresholds are the checkpoint's, but no evaluation has measured them. facts: what a file
     of another program does not say, such as darknet's or the original fork's.
+    On a CPU freed memory stays with the process from then on (utils/heap.py).
     Raises UserError for weights, device or thresholds that cannot be used.
     """
 

@@ -121,7 +121,8 @@ def hold_gradients(model: nn.Module) -> None:
     """Give every parameter that is trained, and no other, a gradient to be kept over all steps.
 
     On a CPU; made anew in each step they would lie between the activations and leave gaps as those
-    go. Adding to them costs no more than fetching fresh pages.
+    go. Adding to them costs no more than fetching fresh pages. A parameter that the loss does not
+    reach has a gradient of 0 then, not none: it decays as on a GPU it would not.
     """
     for parameter in model.parameters():
         if not parameter.requires_grad:

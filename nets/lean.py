@@ -2,6 +2,7 @@
 
 Autograd keeps three maps of a unit: the convolution's result, BN's, and the activation as the next
 one's input. Here the first alone is kept; the others are computed from it again (nets/recipe.py).
+Gradients of gradients are not to be had of it.
 """
 
 from typing import Any
@@ -11,15 +12,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nets.mish import is_plain_cpu
-from nets.recipe import Recipe, Unit, activate_, recipe_of
+from nets.mish import Mish, is_plain_cpu
+from nets.recipe import LEAKY_SLOPE, Recipe, Unit, activate_, give_recipe, recipe_of
 from nets.weight_gradient import weight_gradient
 
+PLAIN = (None, 1, (1, 1), "zeros")  # bias, groups, dilation, padding mode
 MIN_CHANNELS = 16  # with fewer, the stem's, matrix products are too thin
 
 
-def is_lean(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> bool:
-    """Whether `lean_unit` can take the place of the modules: training, float32, CPU, no autocast.
+def is_lean(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> bool:
+    """Whether `lean_unit` can take the place of the modules: training on a CPU without autocast,
+    and modules as a ConvBnAct makes them, without hooks.
 
     A single pixel, for which BN has no variance, is left to BN and its message.
     """
@@ -27,10 +30,24 @@ def is_lean(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> bool:
         is_plain_cpu(x)
         and isinstance(norm, nn.BatchNorm2d)  # not folded
         and norm.training
+        and norm.affine
+        and norm.momentum is not None
+        and (conv.bias, conv.groups, conv.dilation, conv.padding_mode) == PLAIN
+        and (isinstance(act, Mish) or getattr(act, "negative_slope", None) == LEAKY_SLOPE)
+        and not any(has_hooks(module) for module in (conv, norm, act))
         and torch.is_grad_enabled()
         and conv.weight.requires_grad
         and not torch.is_autocast_enabled("cpu")
         and x[:, 0].numel() > conv.stride[0] ** 2
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
@@ -40,8 +57,7 @@ def lean_unit(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, mish: bool) -
         norm.num_batches_tracked.add_(1)
     parameters = (conv.weight, norm.weight, norm.bias)
     result, *made = _LeanUnit.apply(x, *parameters, conv, norm, mish, recipe_of(x))
-    result.recipe = Recipe((Unit(*made, mish),))
-    return result
+    return give_recipe(result, Recipe((Unit(*made, mish),)))
 
 
 class _LeanUnit(torch.autograd.Function):

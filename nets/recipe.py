@@ -74,8 +74,16 @@ def activate_(x: Tensor, *, mish: bool) -> Tensor:
     return mish_(x) if mish else F.leaky_relu_(x, LEAKY_SLOPE)
 
 
+def give_recipe(x: Tensor, recipe: Recipe) -> Tensor:
+    """x, which then carries its recipe, as long as nothing changes it in place."""
+    x.recipe, x.recipe_version = recipe, x._version
+    return x
+
+
 def recipe_of(x: Tensor) -> Recipe | None:
-    return getattr(x, "recipe", None)
+    """None for a map without one, or changed since."""
+    recipe = getattr(x, "recipe", None)
+    return recipe if recipe is not None and x._version == x.recipe_version else None
 
 
 def concatenate(x: Tensor, y: Tensor) -> Tensor:
@@ -92,5 +100,5 @@ def _combine(result: Tensor, x: Tensor, y: Tensor, *, added: bool) -> Tensor:
     """Give the result a recipe of two units, not of more: each is made again for every use."""
     recipes = (recipe_of(x), recipe_of(y))
     if all(recipe is not None and len(recipe.units) == 1 for recipe in recipes):
-        result.recipe = Recipe(recipes[0].units + recipes[1].units, added)
+        return give_recipe(result, Recipe(recipes[0].units + recipes[1].units, added))
     return result

@@ -285,9 +285,22 @@ def test_a_plain_jpeg_is_told_by_its_segments(data, plain):
 
 def test_a_header_cut_anywhere_is_no_plain_jpeg():
     data = jpeg()
-    frame = data.index(b"\xff\xc0")
-    assert not any(is_plain_jpeg(data[:length]) for length in range(frame + 9))
-    assert is_plain_jpeg(data[: frame + 10])
+    scan = data.index(b"\xff\xda")
+    assert not any(is_plain_jpeg(data[:length]) for length in range(scan + 2))
+    assert is_plain_jpeg(data[: scan + 10])
+
+
+def test_exif_behind_the_frame_is_seen():
+    data, exif = jpeg(), jpeg(exif=exif_with(6))
+    start = exif.index(b"\xff\xe1")
+    segment = exif[start : start + 2 + int.from_bytes(exif[start + 2 : start + 4], "big")]
+    scan = data.index(b"\xff\xda")
+    assert not is_plain_jpeg(data[:scan] + segment + data[scan:])
+
+
+def test_pillows_limit_may_be_switched_off(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert is_plain_jpeg(jpeg())
 
 
 def test_a_huge_frame_is_left_to_pillow():

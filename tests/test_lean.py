@@ -27,6 +27,8 @@ def random_network(dtype=torch.float64):
     torch.manual_seed(0)
     network = YoloV4(2, width=0.25, depth=0.34).to(dtype, memory_format=torch.channels_last)
     for module in network.modules():
+        if isinstance(module, ConvBnAct):
+            module.lean = True  # as at full width
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.5, 0.5)
@@ -53,6 +55,18 @@ def test_a_step_has_the_results_gradients_and_statistics_of_the_modules_one_by_o
         torch.testing.assert_close(parameter.grad, reference.grad, rtol=1e-9, atol=1e-12, msg=name)
     for (name, buffer), reference in zip(lean.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(buffer, reference, msg=name)
+
+
+def test_stages_that_are_recomputed_have_the_same_gradients():
+    lean = random_network()
+    frugal = copy.deepcopy(lean)
+    frugal.backbone.recompute = True
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(step(frugal, images), step(lean, images))
+    for (name, parameter), other in zip(lean.named_parameters(), frugal.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for (name, buffer), other in zip(lean.named_buffers(), frugal.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
 
 
 def kept_bytes(network, images):
@@ -120,6 +134,45 @@ def test_elsewhere_the_modules_run_one_by_one(case):
         assert recipe_of(unit(x)) is None
 
 
+@pytest.mark.parametrize(("width", "lean"), [(0.5, False), (1.0, True)])
+def test_a_small_network_runs_its_modules_one_by_one(width, lean):
+    with torch.device("meta"):
+        network = YoloV4(2, width=width, depth=0.1)
+    assert {m.lean for m in network.modules() if isinstance(m, ConvBnAct)} == {lean}
+
+
 def test_a_single_value_per_channel_is_an_error():
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         ConvBnAct(16, 8, 3, stride=2)(torch.randn(1, 16, 2, 2))
+
+
+@pytest.mark.parametrize("case", ["SiLU", "slope", "bias", "groups", "hook"])
+def test_a_unit_that_was_changed_runs_its_own_modules(case, plainly):
+    torch.manual_seed(0)
+    unit, x, seen = ConvBnAct(16, 16, 3), torch.randn(2, 16, 4, 4), []
+    if case == "SiLU":
+        unit.act = nn.SiLU()
+    elif case == "slope":
+        unit.act = nn.LeakyReLU(0.3)
+    elif case == "hook":
+        unit.bn.register_forward_hook(lambda *_: seen.append(1))
+    else:
+        options = {"bias": True} if case == "bias" else {"bias": False, "groups": 4}
+        unit.conv = nn.Conv2d(16, 16, 3, padding=1, **options)
+    result = unit(x)
+    assert bool(seen) == (case == "hook")
+    assert torch.equal(result, plainly(unit, x))
+
+
+def test_a_map_that_is_changed_in_place_is_kept_as_it_is_then():
+    torch.manual_seed(0)
+    first, second = ConvBnAct(16, 16, 1).double(), ConvBnAct(16, 4, 1).double()
+    x = torch.randn(2, 16, 4, 4, dtype=torch.float64)
+    made = first(x)
+    made *= 2
+    assert recipe_of(made) is None
+    second(made).sum().backward()
+    found = second.conv.weight.grad.clone()
+    second.zero_grad()
+    second(2 * first(x)).sum().backward()
+    torch.testing.assert_close(found, second.conv.weight.grad)

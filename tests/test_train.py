@@ -125,18 +125,11 @@ def test_checkpoints_hold_what_the_contract_says_and_are_plain(whole_run):
     assert not same_tensors(last["model"], last["raw_model"])  # the EMA is not the raw model
 
 
-def test_the_same_seed_gives_the_same_run_with_any_number_of_workers(whole_run, tiny_voc, tmp_path):
+@pytest.mark.parametrize("more", [{"num_workers": 2}, {"recompute": ()}])
+def test_the_same_seed_gives_the_same_run_whatever_it_costs(whole_run, tiny_voc, tmp_path, more):
     folder, _ = whole_run
-    other, _ = trained(tiny_voc, tmp_path / "b", num_workers=2, **STATEFUL)
+    other, _ = trained(tiny_voc, tmp_path / "b", **more, **STATEFUL)
     assert without_times(rows_of(other)) == without_times(rows_of(folder))
-
-
-def test_recomputing_activations_changes_a_run_by_rounding_alone(whole_run, tiny_voc, tmp_path):
-    folder, _ = whole_run
-    other, _ = trained(tiny_voc, tmp_path / "b", recompute=(), **STATEFUL)
-    for row, expected in zip(rows_of(other), rows_of(folder), strict=True):
-        for key in ("loss", "val_loss", "grad_norm"):
-            assert float(row[key]) == pytest.approx(float(expected[key]), rel=1e-3), key
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(whole_run, tiny_voc, tmp_path):

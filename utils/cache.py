@@ -1,8 +1,10 @@
-"""Decoded pictures in memory, within a fixed budget, shared by all workers of a DataLoader."""
+"""Decoded pictures in memory and in a file, shared by all workers of a DataLoader."""
 
 import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +13,13 @@ from tqdm import tqdm
 from utils.errors import UserError
 from utils.image import read_image, reduce
 from utils.letterbox import letterbox_geometry, resize
+from utils.pixel_file import PixelFile, pixel_file
 from utils.voc import Sample
 
 GIB = 2**30
 REDUCTIONS = (1, 2, 4, 8)  # at which a JPEG can be decoded
+RECENT_BYTES = 64 * 2**20  # 32 pictures of 640 x 480 with their halves and quarters take 37 MiB
+WINDOW = 64  # pictures decoded ahead of whoever takes them
 
 
 def read_sample(sample: Sample, reduction: int = 1) -> np.ndarray:
@@ -43,14 +48,38 @@ def choose_reduction(image_hw: tuple[int, int], size_hw: tuple[int, int]) -> int
     return max((reduction for reduction in REDUCTIONS if reduction <= ratio), default=1)
 
 
+class RecentPictures:
+    """What a process has decoded last, by key, within a bound of bytes; the oldest goes first."""
+
+    def __init__(self, limit_bytes: int):
+        self.limit_bytes, self._bytes = limit_bytes, 0
+        self._pictures: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def get(self, key: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The picture of that key, made where it is not at hand; it must not be written to."""
+        image = self._pictures.get(key)
+        if image is None:
+            image = self._pictures[key] = make()
+            self._bytes += image.nbytes
+        self._pictures.move_to_end(key)
+        while self._bytes > self.limit_bytes:
+            self._bytes -= self._pictures.popitem(last=False)[1].nbytes
+        return image
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit_bytes,)  # another process starts with none
+
+
 class PictureCache:
-    """Pictures by index: the first ones from memory, decoded once, the rest from disk.
+    """Pictures by index: the first ones from memory, the next from a file, the rest decoded anew.
 
     Pictures too large for `limit_hw` (height, width) are kept shrunk to fit in it, as `letterbox`
     would; none is enlarged. `reduced`: each is also kept at a half, a quarter and an eighth, a
     third more memory, for `read_for`. As many as `budget_bytes` holds are decoded at construction:
     the memory never grows, and forked workers share it. It is one tensor because spawned workers
-    then share it too, where a NumPy array would be copied to each.
+    then share it too, where a NumPy array would be copied to each. `folder`: what exceeds the
+    budget lies in a file there, mapped into the memory of all processes and taken up again by the
+    next run. Without it, a process keeps what it has decoded last (RecentPictures).
     """
 
     def __init__(
@@ -60,22 +89,28 @@ class PictureCache:
         budget_bytes: int,
         *,
         reduced: bool = False,
+        folder: str = "",
     ):
         self.samples = samples
         self._reductions = REDUCTIONS if reduced else (1,)
         self._sizes = [kept_hw(sample.image_hw, limit_hw) for sample in samples]
         ends = np.cumsum([0] + [self._offset(hw, len(REDUCTIONS)) for hw in self._sizes])
-        self._starts = ends[: 1 + np.searchsorted(ends[1:], budget_bytes, side="right")].tolist()
-        self._pixels = torch.empty(self._starts[-1], dtype=torch.uint8)
-        if len(self):
-            self._fill()
+        self._in_memory = int(np.searchsorted(ends[1:], budget_bytes, side="right"))
+        self._starts = ends[: 1 + (len(samples) if folder else self._in_memory)].tolist()
+        self._recent = RecentPictures(RECENT_BYTES)
+        self._pixels = torch.empty(self._starts[self._in_memory], dtype=torch.uint8)
+        self._file: PixelFile | None = None
+        if self._in_memory:
+            self._fill_memory()
+        if self._in_memory < len(self):
+            self._file = self._open_file(folder)
 
     def __len__(self) -> int:
-        """How many pictures are in memory."""
+        """How many pictures are in memory or in the file."""
         return len(self._starts) - 1
 
     def read(self, index: int) -> np.ndarray:
-        """Picture `index`, (H, W, 3) uint8 RGB; one from memory must not be written to."""
+        """Picture `index`, (H, W, 3) uint8 RGB; one that is kept must not be written to."""
         return self._view(index, 1) if index < len(self) else read_sample(self.samples[index])
 
     def read_for(
@@ -83,18 +118,30 @@ class PictureCache:
     ) -> tuple[np.ndarray, tuple[float, float]]:
         """Picture `index` as small as it may be to be drawn at `size_hw`, and its scale.
 
-        The scale says how many of its pixels make one of the sample's, (down, across).
+        The scale says how many of its pixels make one of the sample's, (down, across). It must not
+        be written to.
         """
         kept = self._sizes[index] if index < len(self) else self.samples[index].image_hw
         reduction = choose_reduction(kept, size_hw)
         if index >= len(self):
-            image = read_sample(self.samples[index], reduction)
+            image, reduction = self._decode(index, reduction)
         elif reduction in self._reductions:
             image = self._view(index, reduction)
         else:
             image, reduction = self._view(index, 1), 1
         height, width = self.samples[index].image_hw
         return image, (kept[0] / height / reduction, kept[1] / width / reduction)
+
+    def _decode(self, index: int, reduction: int) -> tuple[np.ndarray, int]:
+        """A picture from disk and its reduction: by the decoder as far as every size allows, from
+        there by means of squares, since it may be wanted larger in a moment."""
+        sample = self.samples[index]
+        least = choose_reduction(sample.image_hw, self._sizes[index])
+        image = self._recent.get((index, least), lambda: read_sample(sample, least))
+        if reduction > least:
+            further = reduction // least
+            image = self._recent.get((index, reduction), lambda: reduce(image, further))
+        return image, max(reduction, least)
 
     def _offset(self, kept: tuple[int, int], count: int) -> int:
         """Bytes that a picture's first `count` reductions take."""
@@ -105,25 +152,46 @@ class PictureCache:
         kept = self._sizes[index]
         height, width = reduced_hw(kept, reduction)
         start = self._starts[index] + self._offset(kept, self._reductions.index(reduction))
-        pixels = self._pixels[start : start + 3 * height * width]
-        return pixels.numpy().reshape(height, width, 3)
+        if index < self._in_memory:
+            pixels = self._pixels.numpy()
+        else:
+            pixels, start = self._file.pixels, start - len(self._pixels)
+        return pixels[start : start + 3 * height * width].reshape(height, width, 3)
 
-    def _fill(self) -> None:
-        size = f"{self._pixels.numel() / GIB:.2f} GiB"
-        text = f"decoding {len(self)} of {len(self.samples)} pictures into memory ({size})"
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in tqdm(pool.map(self._decode, range(len(self))), desc=text, total=len(self)):
-                pass
+    def _fill_memory(self) -> None:
+        whole = self._pixels.numpy()
+        size = f"{len(whole) / GIB:.2f} GiB"
+        text = f"decoding {self._in_memory} of {len(self.samples)} pictures into memory ({size})"
+        for index, pixels in self._decoded(range(self._in_memory), text):
+            whole[self._starts[index] : self._starts[index + 1]] = pixels
 
-    def _decode(self, index: int) -> None:
-        """Fill in a picture's reductions: as from disk, unless it is kept shrunk."""
-        sample, kept = self.samples[index], self._sizes[index]
-        whole = resize(read_sample(sample), kept)
-        for reduction in self._reductions:
-            if reduction == 1 or kept != tuple(sample.image_hw):
-                self._view(index, reduction)[:] = reduce(whole, reduction)
-            else:
-                self._view(index, reduction)[:] = read_sample(sample, reduction)
+    def _open_file(self, folder: str) -> PixelFile:
+        """The file of what is not in memory, written unless an earlier run has left it."""
+        rest = range(self._in_memory, len(self))
+        content = [(self.samples[i].image_path, self._sizes[i], self._reductions) for i in rest]
+        size = self._starts[-1] - len(self._pixels)
+        text = f"decoding {len(rest)} of {len(self.samples)} pictures into {folder}"
+        return pixel_file(
+            folder, content, size, (pixels for _, pixels in self._decoded(rest, text))
+        )
+
+    def _decoded(self, indices: range, text: str) -> Iterator[tuple[int, np.ndarray]]:
+        """Pairs of an index and all bytes of its picture, in order, with a progress bar."""
+        bar = tqdm(desc=text, total=len(indices), unit="picture")
+        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(indices), WINDOW):
+                window = indices[start : start + WINDOW]
+                for index, pixels in zip(
+                    window, pool.map(self._all_reductions, window), strict=True
+                ):
+                    yield index, pixels
+                    bar.update()
+
+    def _all_reductions(self, index: int) -> np.ndarray:
+        """(bytes,) a picture's reductions one behind the other: as from disk, unless it is kept
+        shrunk."""
+        whole = resize(read_sample(self.samples[index]), self._sizes[index])
+        return np.concatenate([reduce(whole, r).reshape(-1) for r in self._reductions])
 
 
 def kept_hw(image_hw: tuple[int, int], limit_hw: tuple[int, int]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from utils.cache import GIB, PictureCache
 from utils.errors import UserError
 from utils.heap import keep_freed_memory
 from utils.letterbox import image_to_letterbox, letterbox
-from utils.sampler import random_generator
+from utils.sampler import EpochBlocks, random_generator
 from utils.voc import Sample
 
 Item = tuple[Tensor, Tensor]
@@ -26,11 +26,14 @@ class VocDataset(Dataset[Item]):
 
     The four are fractions of the network input; class_id -1 is an ignore region (a difficult
     object). train=False letterboxes. train=True augments: every item depends on (seed, epoch,
-    index) alone, so that worker count and resuming change nothing. mixup_prob is the share of the
-    mosaics that are mixed with one more picture. `cache` keeps decoded pictures in memory, up to
-    `cache_gb` GiB; for training they are shrunk to fit the largest `scale` times the input.
+    index) alone, so that worker count and resuming change nothing; the partners of a mosaic come
+    from the picture's `EpochBlocks`. mixup_prob is the share of the mosaics that are mixed with one
+    more picture. `cache` keeps decoded pictures in memory, up to `cache_gb` GiB, and those beyond
+    in a file in `cache_dir` where one is given; for training they are shrunk to fit the largest
+    `scale` times the input.
 
-    Raises UserError for a probability outside 0..1 or a negative seed.
+    Raises UserError for a probability outside 0..1, a negative seed or a cache_dir that cannot be
+    written.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class VocDataset(Dataset[Item]):
         mixup_prob: float = 0.5,
         cache: bool = False,
         cache_gb: float = 2.0,
+        cache_dir: str = "",
         seed: int = 0,
         augmentation: Augmentation | None = None,
     ):
@@ -57,8 +61,14 @@ class VocDataset(Dataset[Item]):
         scales = (self.augmentation.scale[1], self.augmentation.mosaic_scale[1])
         limit_hw = tuple(math.ceil(side * max(scales)) for side in self.input_shape)
         limit_hw = limit_hw if train else self.input_shape
-        budget = int(cache_gb * GIB) if cache else 0
-        self._pictures = PictureCache(samples, limit_hw, budget, reduced=train)
+        self._pictures = PictureCache(
+            samples,
+            limit_hw,
+            int(cache_gb * GIB) if cache else 0,
+            reduced=train,
+            folder=cache_dir if cache else "",
+        )
+        self._blocks = EpochBlocks(len(samples), seed=seed)
         # Shared memory: persistent workers hold copies of this object, but see this tensor.
         self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()
 
@@ -88,11 +98,13 @@ class VocDataset(Dataset[Item]):
         rng = random_generator(self.seed, epoch, index)
         if not strong or rng.random() >= self.mosaic_prob:
             return to_item(self._single(index, rng))
-        indices = rng.permutation([index, *rng.integers(len(self), size=3)])
-        sources = [self._source(int(i)) for i in indices]
+        near = self._blocks.around(index, epoch=epoch)
+        *partners, mixed = near[rng.integers(len(near), size=4)].tolist()
+        indices = rng.permutation([index, *partners])
+        sources = [self._source(i) for i in indices.tolist()]
         picture = random_mosaic(sources, self.input_shape, augmentation=self.augmentation, rng=rng)
         if rng.random() < self.mixup_prob:
-            picture = mixup(picture, self._single(int(rng.integers(len(self))), rng))
+            picture = mixup(picture, self._single(mixed, rng))
         return to_item(picture)
 
     def _single(self, index: int, rng: np.random.Generator) -> Picture:

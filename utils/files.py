@@ -10,13 +10,14 @@ from utils.errors import UserError
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, *, tag: str = "tmp") -> Iterator[BinaryIO]:
     """A file to write, flushed to disk and renamed over `path` if the block ends well.
 
-    An error in the block leaves the old file alone. Raises UserError if it cannot be written.
+    An error in the block leaves the old file alone. tag: another one for each of several processes
+    that may write the same file at once. Raises UserError if it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a crash left is written over
+    temporary = path.with_name(f".{path.name}.{tag}")  # one name: what a crash left is written over
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -1,4 +1,4 @@
-"""Which pictures make which batch, alike for any number of ranks and after any resume."""
+"""Which pictures make which batch and which mosaic, alike for any number of ranks and workers."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,8 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from utils.errors import UserError
+
+BLOCK = 32  # pictures whose mosaics share their partners
 
 
 def random_generator(*key: int) -> np.random.Generator:
@@ -16,6 +18,36 @@ def random_generator(*key: int) -> np.random.Generator:
     if min(key) < 0:
         raise UserError(f"A random seed was made of {key}; give a seed of 0 or more.")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def epoch_order(length: int, *, seed: int, epoch: int) -> np.ndarray:
+    """(length,) the pictures of an epoch, shuffled by (seed, epoch) alone."""
+    # Four numbers, the last not 0: a picture's own (seed, epoch, index) is never the same key.
+    return random_generator(seed, epoch, 0, 1).permutation(length)
+
+
+class EpochBlocks:
+    """For a picture, the `BLOCK` pictures around it in an epoch's order, itself among them.
+
+    A mosaic's partners are drawn from them: who loads one batch after the other decodes each
+    picture once, not four times, and still meets other partners in every epoch. Blocks depend on
+    (seed, epoch) alone, so that batch size, workers and ranks change nothing.
+    """
+
+    def __init__(self, length: int, *, seed: int):
+        self.length, self.seed = length, seed
+        self._epoch = -1
+        self._order = self._places = np.empty(0, np.int64)
+
+    def around(self, index: int, *, epoch: int) -> np.ndarray:
+        """(min(BLOCK, length),) indices."""
+        if epoch != self._epoch:
+            self._order = epoch_order(self.length, seed=self.seed, epoch=epoch)
+            self._places = np.argsort(self._order)
+            self._epoch = epoch
+        start = self._places[index] // BLOCK * BLOCK
+        start = max(0, min(start, self.length - BLOCK))  # the last one is whole, too
+        return self._order[start : start + BLOCK]
 
 
 class EpochBatchSampler(Sampler[list[int]]):
@@ -52,6 +84,6 @@ class EpochBatchSampler(Sampler[list[int]]):
         return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = random_generator(self.seed, self.epoch).permutation(self.length)
+        order = epoch_order(self.length, seed=self.seed, epoch=self.epoch)
         filled = np.resize(order, (len(self), self.world_size, self.batch_size))
         yield from filled[self.start_step :, self.rank].tolist()

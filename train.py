@@ -41,6 +41,7 @@ class Config:
     include_difficult: bool = False  # learn and count difficult objects like any other
     cache: bool = False  # keep decoded pictures in memory
     cache_gb: float = 2.0  # as many of them as fit into this
+    cache_dir: str = ""  # with --cache: the others in a file here, also for later runs; "": none
 
     # Network
     weights: str = ""  # start from a checkpoint, darknet's .weights or the fork's .pth; "": scratch
@@ -104,9 +105,9 @@ class Config:
 
 # What a resumed run may be given anew; the rest is what it started with.
 CHANGEABLE = (
-    *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "epochs", "device"),
-    *("num_workers", "deterministic", "log_period", "eval_period", "save_period", "save_dir"),
-    *("resume", "lr", "clip_norm", "amp", "recompute"),
+    *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "cache_dir", "epochs"),
+    *("device", "num_workers", "deterministic", "log_period", "eval_period", "save_period"),
+    *("save_dir", "resume", "lr", "clip_norm", "amp", "recompute"),
 )
 
 
@@ -190,6 +191,8 @@ def check_config(config: Config, *, resumes: bool) -> None:
             "focal_alpha and focal_gamma count with --focal_loss only; for another loss write "
             'them in its name: --conf_loss "focal(alpha=0.5, gamma=1)".'
         )
+    if config.cache_dir and not config.cache:
+        raise UserError("cache_dir is for what --cache cannot keep in memory: give --cache, too.")
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
     least |= {"log_period": 1, "eval_period": 1, "save_period": 1}
     least |= {"freeze_epochs": 0, "num_workers": 0, "seed": 0}
@@ -297,6 +300,7 @@ def training_set(config: Config, samples: list[Sample]) -> VocDataset:
         mixup_prob=config.mixup_prob,
         cache=config.cache,
         cache_gb=config.cache_gb,
+        cache_dir=config.cache_dir,
         seed=config.seed,
         augmentation=Augmentation(
             scale=config.scale,

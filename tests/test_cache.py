@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader
 
 from tests.factory import add_picture, write_split
 from utils.augment import Augmentation
-from utils.cache import PictureCache, choose_reduction
+from utils.cache import PictureCache, RecentPictures, choose_reduction
 from utils.dataset import VocDataset, collate
 from utils.errors import UserError
 from utils.image import read_image
+from utils.sampler import BLOCK, EpochBatchSampler
 from utils.voc import read_split
 
 SIZES = [(40, 60), (150, 100), (20, 20), (90, 201)]
@@ -166,3 +167,51 @@ def test_spawned_workers_read_the_cache_and_follow_the_epoch(samples):
         (found,) = loader
         expected = collate([dataset[i] for i in range(4)])
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_recent_pictures_are_made_once_and_bounded():
+    recent, made = RecentPictures(30), []
+
+    def get(key):
+        def make():
+            made.append(key)
+            return np.full(10, key[0], np.uint8)
+
+        return recent.get(key, make)[0]
+
+    for key in [(1, 1), (2, 1), (1, 1), (3, 1), (1, 1)]:
+        assert get(key) == key[0]
+    assert made == [(1, 1), (2, 1), (3, 1)]
+    get((4, 1))  # 40 bytes: the one that was used longest ago goes
+    get((1, 1))
+    get((2, 1))
+    assert made == [(1, 1), (2, 1), (3, 1), (4, 1), (2, 1)]
+
+
+def test_a_picture_larger_than_the_bound_still_comes():
+    assert RecentPictures(3).get((0, 1), lambda: np.zeros(10, np.uint8)).size == 10
+
+
+def test_an_epoch_of_mosaics_decodes_each_picture_about_once(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+    for i in range(3 * BLOCK):
+        add_picture(tmp_path, str(i), rng.integers(0, 256, (40, 60, 3), np.uint8), [])
+    write_split(tmp_path, "train", [str(i) for i in range(3 * BLOCK)])
+    samples = read_split(f"{tmp_path}:train", ["a"])
+    decoded = []
+    monkeypatch.setattr(
+        "utils.cache.read_image", lambda path, **kw: decoded.append(path) or read_image(path, **kw)
+    )
+    dataset = VocDataset(samples, (32, 32), train=True, mosaic_prob=1, mixup_prob=0)
+    for (index,) in EpochBatchSampler(len(dataset), 1):
+        _ = dataset[index]
+    assert len(decoded) == len(set(decoded)) == 3 * BLOCK
+
+
+def test_what_was_decoded_before_changes_no_item(samples):
+    fresh = VocDataset(samples, (32, 32), train=True, mosaic_prob=1)
+    used = VocDataset(samples, (32, 32), train=True, mosaic_prob=1)
+    for i in (3, 2, 1, 0):
+        _ = used[i]
+    for i in range(4):
+        assert all(torch.equal(a, b) for a, b in zip(fresh[i], used[i], strict=True))

@@ -3,7 +3,13 @@ from itertools import chain
 import pytest
 
 from utils.errors import UserError
-from utils.sampler import EpochBatchSampler, random_generator
+from utils.sampler import (
+    BLOCK,
+    EpochBatchSampler,
+    EpochBlocks,
+    epoch_order,
+    random_generator,
+)
 
 
 def epoch_batches(length, batch_size, epoch=0, start_step=0, **kwargs):
@@ -84,3 +90,33 @@ def test_an_impossible_rank_is_refused():
 def test_a_negative_seed_is_a_user_error():
     with pytest.raises(UserError, match="seed of 0 or more"):
         random_generator(-1, 0)
+
+
+@pytest.mark.parametrize("length", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
+def test_a_block_is_whole_and_holds_its_picture(length):
+    blocks = EpochBlocks(length, seed=3)
+    for index in range(length):
+        around = blocks.around(index, epoch=2).tolist()
+        assert index in around
+        assert len(set(around)) == len(around) == min(BLOCK, length)
+
+
+def test_blocks_follow_the_batches_of_the_epoch():
+    order = list(chain(*epoch_batches(4 * BLOCK, 8, epoch=5, seed=1)))
+    blocks = EpochBlocks(4 * BLOCK, seed=1)
+    for place, index in enumerate(order):
+        start = place // BLOCK * BLOCK
+        assert blocks.around(index, epoch=5).tolist() == order[start : start + BLOCK]
+
+
+def test_blocks_change_with_the_epoch_and_come_back_with_it():
+    blocks = EpochBlocks(200, seed=0)
+    first, second = (set(blocks.around(7, epoch=epoch).tolist()) for epoch in (0, 1))
+    assert first != second
+    assert set(blocks.around(7, epoch=0).tolist()) == first
+
+
+def test_the_order_shares_no_random_numbers_with_a_picture():
+    """SeedSequence pads with zeros: (seed, epoch) alone would be picture 0's key."""
+    drawn = random_generator(4, 2, 0).permutation(100)
+    assert epoch_order(100, seed=4, epoch=2).tolist() != drawn.tolist()

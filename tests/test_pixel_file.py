@@ -1,0 +1,154 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.factory import add_picture, write_split
+from utils.cache import PictureCache
+from utils.dataset import VocDataset, collate
+from utils.errors import UserError
+from utils.pixel_file import STALE_SECONDS, pixel_file
+from utils.voc import read_split
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """Five pictures of noise, 40 x 60 to 80 x 60."""
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        image = rng.integers(0, 256, (40 + 10 * i, 60, 3), np.uint8)
+        add_picture(tmp_path / "VOC", str(i), image, [("a", (2, 2, 50, 30))])
+    write_split(tmp_path / "VOC", "train", [str(i) for i in range(5)])
+    return read_split(f"{tmp_path / 'VOC'}:train", ["a"])
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("budget", [0, 10000, 10**7])
+def test_pictures_from_the_file_are_those_from_memory(samples, tmp_path, budget):
+    memory = PictureCache(samples, (70, 70), 10**7, reduced=True)
+    mapped = PictureCache(samples, (70, 70), budget, reduced=True, folder=str(tmp_path / "cache"))
+    assert len(mapped) == 5
+    assert (tmp_path / "cache").exists() == (budget < 10**7)
+    for i in range(5):
+        for size in (80, 40, 20, 5):
+            (image, scale), (other, expected) = (
+                c.read_for(i, (size, size)) for c in (mapped, memory)
+            )
+            assert scale == expected
+            assert (image == other).all()
+
+
+def test_the_next_run_reads_no_picture(samples, tmp_path):
+    first = PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
+    before = [first.read(i).copy() for i in range(5)]
+    (name,) = files(tmp_path / "cache")
+    written = (tmp_path / "cache" / name).stat().st_mtime_ns
+    second = PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
+    assert (tmp_path / "cache" / name).stat().st_mtime_ns == written
+    assert all((second.read(i) == before[i]).all() for i in range(5))
+
+
+def test_a_changed_picture_makes_another_file(samples, tmp_path):
+    folder = tmp_path / "cache"
+    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    add_picture(tmp_path / "VOC", "0", np.full((40, 60, 3), 7, np.uint8), [])
+    changed = PictureCache(samples, (99, 99), 0, folder=str(folder))
+    assert (changed.read(0) == 7).all()
+    assert len(files(folder)) == 2
+
+
+def test_a_file_cut_short_is_written_again(samples, tmp_path):
+    folder = tmp_path / "cache"
+    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    (path,) = folder.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    assert path.read_bytes() == whole
+
+
+def test_spawned_workers_map_the_file_themselves(samples, tmp_path):
+    arguments = {
+        "train": True,
+        "cache": True,
+        "cache_gb": 0.0,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+    dataset = VocDataset(samples, (32, 32), **arguments)
+    context = {"num_workers": 1, "multiprocessing_context": "spawn"}
+    (found,) = DataLoader(dataset, batch_size=5, collate_fn=collate, **context)
+    expected = collate([dataset[i] for i in range(5)])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+WRITER = """
+import sys, time
+import numpy as np
+from utils.pixel_file import pixel_file
+
+def parts():
+    for i in range(20):
+        yield np.full(1000, i, np.uint8)
+        time.sleep({pause})
+
+pixel_file(sys.argv[1], [(sys.argv[2], 1)], 20000, parts())
+"""
+
+
+def start_writer(folder, picture, pause):
+    command = [sys.executable, "-c", WRITER.format(pause=pause), str(folder), str(picture)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_at_once_leave_one_whole_file(samples, tmp_path):
+    folder = tmp_path / "cache"
+    writers = [start_writer(folder, samples[0].image_path, 0.02) for _ in range(2)]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    (path,) = folder.iterdir()
+    assert path.read_bytes() == b"".join(bytes([i]) * 1000 for i in range(20))
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(samples, tmp_path):
+    folder = tmp_path / "cache"
+    writer = start_writer(folder, samples[0].image_path, 0.5)
+    while not (folder.is_dir() and files(folder)):
+        time.sleep(0.05)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait(30)
+    (left,) = folder.iterdir()
+    old = time.time() - 2 * STALE_SECONDS
+    os.utime(left, (old, old))
+    made = pixel_file(str(folder), [(samples[0].image_path, 1)], 3, [np.arange(3, dtype=np.uint8)])
+    assert made.pixels.tolist() == [0, 1, 2]
+    assert files(folder) == [made.path.name]
+
+
+def test_a_folder_that_cannot_be_one_is_a_user_error(samples, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cache_dir .*file"):
+        PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "file"))
+
+
+def test_a_full_disk_is_said_before_anything_is_decoded(samples, tmp_path):
+    with pytest.raises(UserError, match=r"do not fit into the .* GB that are free"):
+        pixel_file(str(tmp_path), [(samples[0].image_path,)], 10**18, iter(()))
+
+
+def test_a_broken_picture_leaves_no_file(samples, tmp_path):
+    wrong = replace(samples[1], image_hw=(1, 1))
+    with pytest.raises(UserError, match="height and width"):
+        PictureCache([samples[0], wrong], (99, 99), 0, folder=str(tmp_path / "cache"))
+    assert files(tmp_path / "cache") == []

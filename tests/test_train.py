@@ -132,6 +132,13 @@ def test_the_same_seed_gives_the_same_run_whatever_it_costs(whole_run, tiny_voc,
     assert without_times(rows_of(other)) == without_times(rows_of(folder))
 
 
+def test_pictures_from_a_file_train_as_those_from_disk(whole_run, tiny_voc, tmp_path):
+    more = {"cache": (), "cache_gb": 0, "cache_dir": tmp_path / "pictures"}
+    other, _ = trained(tiny_voc, tmp_path / "b", **more, **STATEFUL)
+    assert without_times(rows_of(other)) == without_times(rows_of(whole_run[0]))
+    assert len(list((tmp_path / "pictures").glob("pictures-*.cache"))) == 1
+
+
 def test_a_frozen_backbone_keeps_weights_and_statistics(whole_run, tiny_voc, tmp_path):
     weights = whole_run[0] / "best.pt"
     more = {"weights": weights, "epochs": 2, "freeze_epochs": 2, "freeze_batch_size": 4}
@@ -174,6 +181,7 @@ def test_unfreezing_moves_the_backbone_with_its_own_batch_size(whole_run, tiny_v
         ({"weights": "nowhere.pt"}, "nowhere.pt"),
         ({"lr": -1}, "lr is -1"),
         ({"focal_gamma": 3}, "--focal_loss"),
+        ({"cache_dir": "elsewhere"}, "give --cache"),
         ({"cls_loss": "my_losses:Broken"}, "Allowed: asymmetric("),
     ],
 )

@@ -121,7 +121,7 @@ CPU_ROWS = (
                 found=rf"ours  .*?{NUMBER} x the fork's",
                 base=rf"ours  .*?{NUMBER} samples/s",
                 unit=-1,
-                floor=loader_floor("four decodes, resizes and HSV"),
+                floor=loader_floor("one decode, resizes and HSV"),
             ),
             Figure(
                 what="the same, cached",

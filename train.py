@@ -211,10 +211,13 @@ def run_folder(config: Config) -> Path:
 def read_data(
     config: Config, class_names: tuple[str, ...], folder: Path
 ) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples, with a report of each; an unused run folder is removed."""
-    found = []
-    try:
-        for name, spec in (("train", config.train), ("val", config.val)):
+    """Training and validation samples, with a report of each.
+
+    Raises UserError for the faults of both at once; an unused run folder is removed then.
+    """
+    found, faults = [], []
+    for name, spec in (("train", config.train), ("val", config.val)):
+        try:
             samples, report = scan_split(
                 spec,
                 class_names,
@@ -226,10 +229,13 @@ def read_data(
             )
             print(f"{name}: {report}")
             found.append(samples)
-    except UserError:
+        except UserError as error:
+            if str(error) not in faults:  # a missing root is often that of both
+                faults.append(str(error))
+    if faults:
         if not any(folder.iterdir()):
             folder.rmdir()
-        raise
+        raise UserError("\n".join(faults))
     return found[0], found[1]
 
 

@@ -245,3 +245,17 @@ def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, conf_loss):
         scales = [float(row[f"s{stride}_positives"]) for stride in (8, 16, 32)]
         assert sum(scales) == pytest.approx(float(row["positives"]), rel=1e-4)
     assert done.stdout.count("run folder:") == 1
+
+
+def test_faults_of_both_splits_are_said_at_once(tiny_voc, tmp_path):
+    voc = tmp_path / "Broken"
+    shutil.copytree(tiny_voc, voc)
+    for split in ("train", "val"):
+        first = (voc / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines()[0]
+        (voc / "Annotations" / f"{first}.xml").write_text(f"<broken in {split}")
+    done = run_train(*flags(voc, tmp_path / "run"))
+    assert done.returncode == 2
+    for split in ("train", "val"):
+        name = (voc / "ImageSets" / "Main" / f"{split}.txt").read_text().splitlines()[0]
+        assert f"{name}.xml" in done.stderr
+    assert not (tmp_path / "run").exists()

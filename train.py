@@ -10,6 +10,7 @@ import torch
 
 from engine.console import describe, how_to_go_on, how_to_use
 from engine.distributed import broadcast_object, is_main, process_group, select_device
+from engine.multi_scale import MultiScale
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
 from engine.resume import (
@@ -90,6 +91,7 @@ class Config:
     jitter: float = 0.3  # change of aspect
     flip_prob: float = 0.5  # share of mirrored pictures
     hsv: tuple[float, float, float] = (0.1, 0.7, 0.4)  # change of hue, saturation, value
+    multi_scale: float = 0.0  # the input's size changes by up to this share every ten steps; 0: no
 
     # Run
     device: str = ""  # cpu, cuda or cuda:1; "" takes a GPU when there is one
@@ -124,6 +126,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     class_names = read_class_names(config.classes_path)
     anchors = read_anchors(config.anchors_path)
     check_same_data(class_names, config.classes_path, anchors, resume)
+    recipe = make_recipe(config, device)
     seed_everything(config.seed, deterministic=config.deterministic)
     model, report = build_network(
         class_names,
@@ -140,7 +143,6 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     if resume is None:
         set_prior(model, loss.prior_pi, report)
     model = model.to(device, memory_format=torch.channels_last)
-    recipe = make_recipe(config, device)
     folder = broadcast_object(run_folder(config) if is_main() else None)
     train_samples, val_samples = broadcast_object(
         read_data(config, class_names, folder) if is_main() else None
@@ -270,6 +272,7 @@ def conf_loss_spec(config: Config) -> str:
 
 def make_recipe(config: Config, device: torch.device) -> Recipe:
     """How the weights are learnt."""
+    shape, share = config.input_shape, config.multi_scale
     return Recipe(
         phases=plan_phases(
             epochs=config.epochs,
@@ -286,6 +289,7 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay if config.ema else 0.0,
         amp_dtype=amp_dtype(config.amp, device),
+        multi_scale=MultiScale(shape, share, config.seed) if share else None,
         strong_share=config.strong_share,
         num_workers=config.num_workers,
         log_period=config.log_period,

@@ -1,4 +1,4 @@
-"""What a training says on the terminal before its first step and after its last."""
+"""What a training says on the terminal: before its first step, during them, after its last."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from engine.distributed import world_size
+from engine.distributed import is_main, world_size
+from engine.figures import TERMS, EpochFigures, memory_gb
 from engine.recipe import Recipe
 
 
@@ -38,6 +40,33 @@ def describe(
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
+
+
+def progress_bar(epoch: int, epochs: int, *, done: int, steps: int) -> tqdm:
+    """The bar of an epoch, counted from 0, on the main process alone."""
+    return tqdm(
+        total=steps,
+        initial=done,
+        desc=f"epoch {epoch + 1}/{epochs}",
+        leave=False,
+        disable=not is_main(),
+    )
+
+
+def progress_text(
+    figures: EpochFigures,
+    *,
+    lr: float,
+    input_size: tuple[int, int] | None,
+    device: torch.device,
+) -> str:
+    """What stands behind the progress bar; input_size (height, width) where it changes."""
+    text = " ".join(f"{name} {figures.mean(name):.3f}" for name in TERMS)
+    text += f" lr {lr:.2e}"
+    if input_size is not None:
+        text += " {}x{}".format(*input_size)
+    text += f" {figures.pictures_per_second() * world_size():.1f} pictures/s"
+    return f"{text} {memory_gb(device):.1f} GB"
 
 
 def how_to_go_on(folder: Path, conf_loss: str) -> str:

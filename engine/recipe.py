@@ -6,6 +6,7 @@ import math
 import torch
 
 from engine.distributed import world_size
+from engine.multi_scale import INPUT_FIGURES, MultiScale
 from engine.optimizer import SCHEDULES, check_optimizer, scaled_lr
 from utils.errors import UserError
 
@@ -21,7 +22,10 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the weights are learnt. lr None means the optimizer's own; ema_decay 0 means no EMA."""
+    """How the weights are learnt.
+
+    lr None means the optimizer's own; ema_decay 0 means no EMA; multi_scale None: one input size.
+    """
 
     phases: tuple[Phase, ...]
     optimizer: str = "sgd"
@@ -33,6 +37,7 @@ class Recipe:
     clip_norm: float = 10.0
     ema_decay: float = 0.9998
     amp_dtype: torch.dtype | None = None
+    multi_scale: MultiScale | None = None
     strong_share: float = 0.7
     num_workers: int = 0
     log_period: int = 10
@@ -66,7 +71,34 @@ class Recipe:
                 f"to epoch {phase.last_epoch}: {what}, batch {phase.batch_size}, {self.optimizer}, "
                 f"lr {initial:.2e} to {minimal:.2e} ({self.schedule})"
             )
+        if self.multi_scale is not None:
+            lines.append(str(self.multi_scale))
         return "\n".join(lines)
+
+    def input_size(self, step: int) -> tuple[int, int] | None:
+        """(height, width) that the pictures of a step are resized to; None: they never are."""
+        return None if self.multi_scale is None else self.multi_scale.size_at(step)
+
+    def input_figures(self, step: int) -> dict[str, float]:
+        """The same for the log; nothing where the size never changes."""
+        size_hw = self.input_size(step)
+        return {} if size_hw is None else dict(zip(INPUT_FIGURES, size_hw, strict=True))
+
+    @property
+    def largest_input(self) -> tuple[int, int] | None:
+        """The largest of all `input_size`."""
+        return None if self.multi_scale is None else self.multi_scale.sizes[-1]
+
+    def phases_to_rehearse(self, epoch: int, *, on_gpu: bool) -> list[Phase]:
+        """The phases from `epoch` on whose memory is tried before anything is learnt.
+
+        That of an unfrozen phase after a frozen one; on a GPU also that of inputs which grow. A
+        CPU would gain nothing by it: there the system ends a process without a word.
+        """
+        grows = on_gpu and self.multi_scale is not None
+        unfreezes = self.phases[0].frozen
+        ahead = [phase for phase in self.phases if epoch < phase.last_epoch]
+        return [phase for phase in ahead if grows or (unfreezes and not phase.frozen)]
 
     def rates(self, phase: Phase) -> tuple[float, float]:
         """(initial, minimal) learning rate of a phase, for all pictures of one update."""

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from engine.figures import CONF_ALPHA, COUNTS, NO_GROUPS, TERMS, cell_figures
+from engine.multi_scale import INPUT_FIGURES
 from engine.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
 from utils.errors import UserError
 from utils.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
@@ -97,11 +98,11 @@ class RunLog:
         return describe(row)
 
     def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> str:
-        """A step's loss terms, and its cells by groups, to TensorBoard.
+        """A step's loss terms, input size if it changes, and cells by groups, to TensorBoard.
 
         Returns what to print, the first time: the alpha that alpha="auto" has measured.
         """
-        for name in (*TERMS, *COUNTS, "grad_norm", CONF_ALPHA):
+        for name in (*TERMS, *COUNTS, "grad_norm", CONF_ALPHA, *INPUT_FIGURES):
             self._scalar(f"step/{name}", figures.get(name), step)
         for name, value in cell_figures(groups).items():
             scale, _, figure = name.partition("_")

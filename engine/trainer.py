@@ -11,16 +11,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.checkpoint import cpu_copy, save_checkpoint
+from engine.console import progress_bar, progress_text
 from engine.distributed import broadcast_buffers, is_main, rank, world_size
 from engine.evaluator import Evaluation, evaluate, validation_loss
-from engine.figures import TERMS, EpochFigures, memory_gb
+from engine.figures import EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
 from engine.optimizer import Ema, build_optimizer, learning_rate
 from engine.pictures import batch_picture, detections_picture
 from engine.randomness import random_states, restore_random_states
 from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
-from engine.step import TrainStep
+from engine.step import TrainStep, blank_batch
 from engine.stop import stop_on_signal
 from utils.dataset import VocDataset, collate, init_worker
 from utils.errors import UserError
@@ -84,7 +85,7 @@ class Trainer:
         Raises UserError when memory runs out, or only non-finite steps come or have come.
         """
         try:
-            self._rehearse_unfrozen_step()
+            self._rehearse()
             with stop_on_signal(self._request_stop):
                 for phase in self.recipe.phases:
                     if self.epoch < phase.last_epoch and not self.stop_requested:
@@ -103,16 +104,13 @@ class Trainer:
     def _request_stop(self) -> None:
         self.stop_requested = True
 
-    def _rehearse_unfrozen_step(self) -> None:
-        """Out of memory when the backbone unfreezes must come now, not after hours."""
-        phase = self.recipe.phases[-1]
-        if phase.frozen or not self.recipe.phases[0].frozen or self.epoch >= phase.last_epoch:
-            return
-        states = random_states()
-        self._freeze(False)
-        shape = (phase.batch_size, 3, *self.facts["input_shape"])
-        box = torch.tensor([[0, 0, 0.5, 0.5, 0.2, 0.2]])
-        self.step.rehearse(torch.zeros(shape, dtype=torch.uint8), box)
+    def _rehearse(self) -> None:
+        """Out of memory, unfrozen or at the largest input, must come now, not after hours."""
+        states, on_gpu = random_states(), self.device.type == "cuda"
+        for phase in self.recipe.phases_to_rehearse(self.epoch, on_gpu=on_gpu):
+            self._freeze(phase.frozen)
+            images, targets = blank_batch(phase.batch_size, self.facts["input_shape"])
+            self.step.rehearse(images, targets, self.recipe.largest_input)
         restore_random_states(states)
 
     def _run_phase(self, phase: Phase) -> None:
@@ -154,7 +152,8 @@ class Trainer:
             self.epoch_step = 0
         self.steps = len(sampler)
         sampler.set_epoch(self.epoch, self.epoch_step)
-        with self._progress_bar(len(sampler)) as bar:
+        epochs = self.recipe.epochs
+        with progress_bar(self.epoch, epochs, done=self.epoch_step, steps=self.steps) as bar:
             for (images, targets), indices in zip(loader, list(sampler), strict=True):
                 self._run_step(images, targets, indices, steps=len(sampler), phase=phase)
                 self._show(bar)
@@ -176,7 +175,10 @@ class Trainer:
         group_size = min(self.recipe.accumulate, steps - first)
         update = self.epoch_step + 1 == first + group_size
         cells = self.global_step % self.recipe.log_period == 0 or self.epoch_step == 0
-        figures = self.step(images, targets, group_size=group_size, update=update, cells=cells)
+        size_hw = self.recipe.input_size(self.global_step)
+        figures = self.step(
+            images, targets, group_size=group_size, update=update, cells=cells, size_hw=size_hw
+        )
         self.epoch_step += 1
         self.global_step += 1
         paths = [self.train_set.samples[index].image_path for index in indices]
@@ -317,30 +319,24 @@ class Trainer:
         self.metrics, self.conf_threshold = checkpoint["metrics"], checkpoint["conf_threshold"]
         restore_random_states(checkpoint["random"])
 
-    def _progress_bar(self, steps: int) -> tqdm:
-        return tqdm(
-            total=steps,
-            initial=self.epoch_step,
-            desc=f"epoch {self.epoch + 1}/{self.recipe.epochs}",
-            leave=False,
-            disable=not is_main(),
-        )
-
     def _show(self, bar: tqdm) -> None:
         """Advance the bar; its figures are those of the step before."""
         bar.update()
-        if not self.figures.last:
-            return
-        text = " ".join(f"{name} {self.figures.mean(name):.3f}" for name in TERMS)
-        text += f" lr {self.optimizer.param_groups[0]['lr']:.2e}"
-        text += f" {self.figures.pictures_per_second() * world_size():.1f} pictures/s"
-        bar.set_postfix_str(f"{text} {memory_gb(self.device):.1f} GB", refresh=False)
+        if self.figures.last:
+            text = progress_text(
+                self.figures,
+                lr=self.optimizer.param_groups[0]["lr"],
+                input_size=self.recipe.input_size(self.global_step - 1),
+                device=self.device,
+            )
+            bar.set_postfix_str(text, refresh=False)
 
     def _tell(self, message: str, *, step: int) -> None:
         """Say what the guard says of the step whose figures were read, and log its cells if any."""
         self._say(message)
         if self.figures.last_groups and self.log is not None:
-            self._say(self.log.step(step, self.figures.last, self.figures.last_groups))
+            figures = self.figures.last | self.recipe.input_figures(step - 1)
+            self._say(self.log.step(step, figures, self.figures.last_groups))
 
     @staticmethod
     def _say(message: str) -> None:

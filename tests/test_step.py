@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from engine.optimizer import Ema, build_optimizer
-from engine.step import TrainStep, to_input
+from engine.step import TrainStep, state_to_come, to_input
 
 CPU = torch.device("cpu")
 
@@ -124,6 +124,27 @@ def test_a_rehearsal_leaves_no_trace():
     for key, value in before.items():
         assert torch.equal(after[key], value), key
     assert all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_rehearsal_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_be_made(optimizer):
+    step = make_step(optimizer=optimizer)
+    wanted = 2 * sum(p.numel() for p in step.model.parameters()) if optimizer == "adam" else 0
+    assert sum(tensor.numel() for tensor in state_to_come(step.optimizer)) == wanted
+    before = len(step.optimizer.state)
+    step.rehearse(*batch(), (32, 32))
+    assert len(step.optimizer.state) == before
+    step(*batch())
+    assert state_to_come(step.optimizer) == []
+
+
+def test_a_step_at_another_size_learns_from_the_resized_pictures():
+    step, by_hand = make_step(), make_step()
+    images, targets = batch()
+    resized = torch.nn.functional.interpolate(images, size=(6, 4), mode="bilinear", antialias=True)
+    assert read(step(images, targets, size_hw=(6, 4))) == read(by_hand(resized, targets))
+    for key, value in state_of(by_hand).items():
+        assert torch.equal(state_of(step)[key], value), key
 
 
 def test_pictures_become_channels_last_fractions():

@@ -180,6 +180,8 @@ def test_unfreezing_moves_the_backbone_with_its_own_batch_size(whole_run, tiny_v
         ({"anchors_path": "nowhere.txt"}, "nine w,h pairs"),
         ({"weights": "nowhere.pt"}, "nowhere.pt"),
         ({"lr": -1}, "lr is -1"),
+        ({"multi_scale": 1}, "multi_scale is 1"),
+        ({"multi_scale": 0.1}, "changes nothing"),
         ({"focal_gamma": 3}, "--focal_loss"),
         ({"cache_dir": "elsewhere"}, "give --cache"),
         ({"cls_loss": "my_losses:Broken"}, "Allowed: asymmetric("),

@@ -39,6 +39,7 @@ class Config:
     class_thresholds: bool = False  # use, instead, each class's own threshold of best F1
     nms_iou: float = 0.45  # of two boxes of a class that overlap more, only the better is shown
     device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
+    amp: str = "auto"  # auto: fp16 on a GPU, off on a CPU; or bf16, fp16, off
     batch_size: int = 8  # pictures or frames at a time; halve it on "out of memory"
 
     # For darknet's .weights and the original fork's .pth, which do not say these themselves
@@ -69,6 +70,7 @@ def main() -> None:
         nms_iou=config.nms_iou,
         class_thresholds=config.class_thresholds,
         facts=file_facts(config),
+        amp=config.amp,
     )
     folder = results_folder(config.save_dir, config.source)
 
@@ -270,13 +272,14 @@ class Results:
 
     def summary(self, predictor: Predictor, seconds: float) -> str:
         """Boxes per class, speed, place, and whatever was odd."""
+        precision = str(predictor.dtype).removeprefix("torch.")
         if not self.pictures:
             lines = ["nothing could be read: nothing is written"]
         else:
             lines = [
                 self._boxes_line(predictor),
                 f"{self.pictures} pictures or frames, {self.pictures / seconds:.1f} a second "
-                f"on {predictor.device}, reading and writing included",
+                f"on {predictor.device} in {precision}, reading and writing included",
                 f"wrote {self.folder} with {RECORDS}",
             ]
         return "\n".join(lines + [f"note: {note}" for note in self.notes])

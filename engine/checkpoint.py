@@ -44,9 +44,16 @@ def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, 
     return checkpoint
 
 
-def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> YoloV4:
-    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`; on a CPU with
-    Winograd's convolutions where they gain."""
+def build_model(
+    checkpoint: Mapping[str, Any],
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+) -> YoloV4:
+    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`, of `dtype`; on
+    a CPU in float32 with Winograd's convolutions where they gain.
+
+    Raises UserError if the weights do not fit the network, or the dtype's range.
+    """
     with torch.device("meta"):  # no random weights, which would only be replaced
         model = YoloV4(
             len(checkpoint["class_names"]), width=checkpoint["width"], depth=checkpoint["depth"]
@@ -56,8 +63,10 @@ def build_model(checkpoint: Mapping[str, Any], device: torch.device | str) -> Yo
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(f"The checkpoint's weights do not fit its own network: {error}") from None
-    fold_batch_norm(model.eval())
-    model = model.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    fold_batch_norm(model.eval())  # in float32, so that weights are rounded once
+    model = model.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
+    if dtype == torch.float16 and not all(p.isfinite().all() for p in model.parameters()):
+        raise UserError("The network's weights exceed the range of float16. Use amp bf16 or off.")
     use_winograd(model)
     return model
 

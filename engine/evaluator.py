@@ -45,7 +45,8 @@ def evaluate(
     With `loss`, a YOLOLoss, also its mean terms and its cells, from the same forward. Under
     torchrun every rank calls this, takes its share and returns the same. The modes of model and
     loss are as before afterwards. options: batch_size, num_workers and progress, as
-    `forward_batches` takes them. Raises UserError without pictures.
+    `forward_batches` takes them. In float32 whatever the training's or the detection's precision:
+    one figure for a network, in training and afterwards. Raises UserError without pictures.
     """
     started = time.perf_counter()
     detections: list[np.ndarray] = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.checkpoint import build_model
 from engine.distributed import select_device
 from engine.foreign import FileFacts, read_network
+from engine.recipe import detection_dtype
 from utils.calibration import is_measured
 from utils.decode import decode
 from utils.errors import UserError
@@ -49,9 +50,11 @@ class Predictor:
     take, instead, for each class the score at which that class had it. max_score: the highest
     score that the last call saw, below the threshold or not; None before any picture. stand_in:
     the thresholds are the checkpoint's, but no evaluation has measured them. facts: what a file
-    of another program does not say, such as darknet's or the original fork's.
+    of another program does not say, such as darknet's or the original fork's. amp: auto (fp16 on
+    a GPU, else off), bf16, fp16 or off; of network weights and activations, boxes are float32.
+    Evaluation, in training and afterwards, is always in float32: one mAP, whatever the device.
     On a CPU freed memory stays with the process from then on (utils/heap.py).
-    Raises UserError for weights, device or thresholds that cannot be used.
+    Raises UserError for weights, device, thresholds or amp that cannot be used.
     """
 
     def __init__(
@@ -63,8 +66,10 @@ class Predictor:
         nms_iou: float = 0.45,
         class_thresholds: bool = False,
         facts: FileFacts | None = None,
+        amp: str = "auto",
     ):
         self.device = select_device(str(device or ""))
+        self.dtype = detection_dtype(amp, self.device)
         checkpoint = read_network(weights, facts or FileFacts())
         self.class_names = tuple(checkpoint["class_names"])
         self.class_thresholds: dict[str, float] = {}  # empty: conf_threshold holds for all
@@ -79,7 +84,7 @@ class Predictor:
         self.anchors = checkpoint["anchors"]
         self.input_shape = tuple(checkpoint["input_shape"])
         self.scale_xy = checkpoint["scale_xy"]
-        self.model = build_model(checkpoint, self.device)
+        self.model = build_model(checkpoint, self.device, self.dtype)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.max_score: float | None = None
@@ -105,12 +110,13 @@ class Predictor:
     @torch.inference_mode()
     def _detect(self, pictures: Sequence[Picture]) -> list[Detections]:
         images = [to_rgb(picture) for picture in pictures]
-        decoded = decode(
-            self.model(self._to_input(images)), self.anchors, self.input_shape, self.scale_xy
-        )
+        outputs = self.model(self._to_input(images))
+        decoded = decode(outputs, self.anchors, self.input_shape, self.scale_xy)
         probabilities, class_ids = decoded[..., 5:].max(dim=-1)
         scores = decoded[..., 4] * probabilities
         highest = scores.max().item()
+        if self.dtype == torch.float16:
+            check_range(outputs)
         self.max_score = highest if self.max_score is None else max(highest, self.max_score)
         if self.class_thresholds:
             limits = scores.new_tensor([self.class_thresholds[name] for name in self.class_names])
@@ -123,9 +129,10 @@ class Predictor:
         ]
 
     def _to_input(self, images: Sequence[np.ndarray]) -> Tensor:
-        """(B, 3, *input_shape) float RGB in 0..1, channels_last as the model is."""
+        """(B, 3, *input_shape) RGB in 0..1, of the model's dtype and channels_last as it is."""
         batch = np.stack([letterbox(image, self.input_shape) for image in images])
-        return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
+        pixels = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() / 255
+        return pixels.to(self.dtype)
 
     def _to_detections(self, rows: Tensor, image_hw: tuple[int, int]) -> Detections:
         boxes = letterbox_to_image(rows[:, :4], self.input_shape, image_hw)
@@ -134,6 +141,15 @@ class Predictor:
             scores=rows[:, 4].numpy(),
             class_ids=rows[:, 5].long().numpy(),
             class_names=self.class_names,
+        )
+
+
+def check_range(outputs: Sequence[Tensor]) -> None:
+    """Raise UserError where raw maps in float16 are not finite: NMS would drop such boxes."""
+    if not torch.stack([raw.isfinite().all() for raw in outputs]).all():
+        raise UserError(
+            "The network's activations exceed the range of float16 on this picture. Use amp off, "
+            "or bf16 where the GPU has it."
         )
 
 

@@ -284,6 +284,7 @@ def test_without_save_dir_the_results_lie_in_logs(monkeypatch, weights, tmp_path
         ({"save_dir": "text.txt"}, "cannot make the folder"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"conf_threshold": 2}, "conf_threshold is 2"),
+        ({"amp": "half"}, "amp 'half' on cpu: use auto, bf16 or off"),
         ({"class_thresholds": True}, "class_thresholds"),
     ],
 )

@@ -265,6 +265,8 @@ def test_what_is_no_picture_is_refused_with_what_is_allowed(predictor, picture, 
         ({"conf_threshold": float("nan")}, "conf_threshold is nan"),
         ({"nms_iou": -0.1}, "nms_iou is -0.1"),
         ({"device": "abacus"}, "abacus"),
+        ({"amp": "fp8"}, "amp 'fp8' on cpu: use auto, bf16 or off"),
+        ({"amp": "fp16"}, "amp 'fp16' on cpu"),
     ],
 )
 def test_bad_arguments_are_refused(weights, arguments, message):

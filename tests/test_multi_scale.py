@@ -8,6 +8,10 @@ from engine.guard import NonFiniteGuard
 from engine.multi_scale import INPUT_FIGURES, MultiScale
 from engine.recipe import Phase, Recipe
 from engine.step import to_input
+from engine.trainer import Trainer
+from losses.yolo_loss import YOLOLoss
+from nets.yolo import YoloV4
+from tests.reference_loss import ANCHORS
 from tests.test_train_resume import OWN, STOPPING
 from tests.training import (
     checkpoint_of,
@@ -176,3 +180,44 @@ def test_a_resume_cannot_change_it(runs):
     done = run_train(*again, "--multi_scale", 0.4, cwd=folder)
     assert done.returncode == 2
     assert "cannot change multi_scale" in done.stderr
+
+
+def make_trainer(device, phases, optimizer="adam"):
+    """A trainer of a small network, without data."""
+    torch.manual_seed(0)
+    model = YoloV4(2, width=0.02, depth=0.1).to(device, memory_format=torch.channels_last)
+    facts = {"conf_loss": "ghm", "input_shape": [64, 96]}
+    recipe = Recipe(phases=phases, optimizer=optimizer, multi_scale=MultiScale((64, 96), 0.5, 0))
+    return Trainer(
+        model=model,
+        loss=YOLOLoss(ANCHORS, 2, (64, 96), conf_loss="ghm").to(device),
+        train_set=None,
+        val_samples=[],
+        recipe=recipe,
+        facts=facts,
+        device=device,
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "phases", "batches"),
+    [
+        ("cpu", (FROZEN, UNFROZEN), [2]),
+        ("cpu", (UNFROZEN,), []),
+        pytest.param("cuda", (FROZEN, UNFROZEN), [4, 2], marks=pytest.mark.cuda),
+        pytest.param("cuda", (UNFROZEN,), [2], marks=pytest.mark.cuda),
+    ],
+)
+def test_the_rehearsal_is_at_the_largest_size_and_leaves_no_trace(device, phases, batches):
+    trainer = make_trainer(torch.device(device), phases)
+    parts = (trainer.model, trainer.loss, trainer.ema)
+    before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
+    state, seen = torch.get_rng_state(), []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    trainer._rehearse()
+    assert seen == [(count, 3, 96, 128) for count in batches]
+    for part, saved in zip(parts, before, strict=True):
+        assert same_tensors(part.state_dict(), saved)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert not trainer.optimizer.state

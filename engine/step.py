@@ -1,11 +1,13 @@
 """One optimisation step. Nothing in it waits for the device."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from engine.distributed import world_size
 from engine.figures import HostFigures
@@ -64,7 +66,10 @@ class TrainStep:
             rollback.snapshot()
         if self.on_cpu:
             hold_gradients(self.model)
-        terms = self._backward(images, targets, group_size=group_size, cells=cells, size_hw=size_hw)
+        with all_reduce_if(update, self.network):
+            terms = self._backward(
+                images, targets, group_size=group_size, cells=cells, size_hw=size_hw
+            )
         finite = on_every_rank(terms["total"].detach().isfinite())
         for rollback in self.rollbacks:
             rollback.restore_unless(finite)
@@ -122,6 +127,14 @@ class TrainStep:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return norm
+
+
+def all_reduce_if(wanted: bool, network: nn.Module) -> AbstractContextManager[None]:
+    """In the block a backward pass through DDP adds up the ranks' gradients, or leaves each rank
+    its own, to be added up with those of the next batches."""
+    if wanted or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
 
 
 def to_input(

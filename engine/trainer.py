@@ -116,7 +116,8 @@ class Trainer:
     def _run_phase(self, phase: Phase) -> None:
         self._freeze(phase.frozen)
         if world_size() > 1:
-            self.step.network = DistributedDataParallel(self.model)
+            # BN statistics are rank 0's, and are shared when they are used: at an evaluation.
+            self.step.network = DistributedDataParallel(self.model, broadcast_buffers=False)
         sampler = EpochBatchSampler(
             len(self.train_set),
             phase.batch_size,

@@ -6,8 +6,10 @@
 
 Full YOLOv4 with random weights, the same in all. Ours is the Predictor: letterbox, the network
 with BN folded, decode, NMS for all classes at once. The fork's: Pillow's bicubic resize, its own
-network, its decode, NMS class by class. Each runs in processes of its own, in turn. With --network
-only the network is timed, from a tensor to its maps: that is what other engines run.
+network, its decode, NMS class by class. Each runs in processes of its own, in turn, and keeps the
+same number of boxes: letterbox and plain resize show the network different pixels, so that each
+takes the threshold at which its own path keeps that many. With --network only the network is timed,
+from a tensor to its maps: that is what other engines run.
 """
 
 import dataclasses
@@ -35,6 +37,7 @@ from tests.reference_loss import ANCHORS
 from utils.errors import UserError, run_script
 
 ENGINES = ("onnxruntime", "openvino")
+LOWEST, NMS_IOU = 0.001, 0.3  # the threshold before the right one is known; the fork's NMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Config:
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     picture: tuple[int, int] = (480, 640)  # height, width of the picture
     num_classes: int = 20
-    conf_threshold: float = 0.001  # thousands of boxes reach NMS; ours keeps 300
+    boxes: int = 150  # that each path keeps; ours keeps 300 at most
     network: bool = False  # time the network alone
     engines: tuple[str, ...] = ()  # beside it: onnxruntime, openvino
     pictures: int = 8  # timed ones of a process
@@ -59,10 +62,12 @@ def main() -> None:
         raise UserError(f"--engines {' '.join(sorted(unknown))}: choose from {', '.join(ENGINES)}.")
     if config.engines and not config.network:
         raise UserError("--engines run the network alone: add --network.")
+    if not 1 <= config.boxes <= 300:
+        raise UserError(f"--boxes {config.boxes}: give 1 to 300; ours keeps no more than 300.")
     if config.variant:
         print(json.dumps(measure(config)))
         return
-    found = run_in_turn("benchmarks.detect", ("fork", "ours", *config.engines), config.rounds)
+    found = run_in_turn("benchmarks.detect", config, ("fork", "ours", *config.engines))
     print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     seconds = {
         variant: statistics.median(one["seconds"] for one in results)
@@ -78,9 +83,7 @@ def main() -> None:
 
 def measure(config: Config) -> dict[str, float]:
     """Median seconds of one variant, and how many boxes it finds."""
-    torch.manual_seed(config.seed)
-    fork = ForkYolo(config.num_classes).eval()
-    widen(fork)
+    fork = random_network(config)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         detect = (network_alone if config.network else picture_to_boxes)(fork, folder, config)
@@ -95,11 +98,23 @@ def measure(config: Config) -> dict[str, float]:
     return {"seconds": statistics.median(seconds), "boxes": boxes}
 
 
-def widen(fork: ForkYolo) -> None:
-    """Give the random network outputs that differ between cells: some become boxes."""
+@torch.no_grad()
+def random_network(config: Config) -> ForkYolo:
+    """Random weights whose outputs differ between cells, as a trained network's do.
+
+    As torch initialises it, all cells give the same score: the input is lost on the way. So BN
+    takes its statistics from a picture, and the heads give logits of about 1.5.
+    """
+    torch.manual_seed(config.seed)
+    fork = ForkYolo(config.num_classes)
     for module in fork.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
         if isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.weight, std=1.0)
+            nn.init.normal_(module.weight, std=1.5 * module.in_channels**-0.5)
+    blots = nn.functional.interpolate(torch.rand(2, 3, 15, 20), config.input_shape, mode="bicubic")
+    fork(blots.clamp(0, 1))
+    return fork.eval()
 
 
 def synchronize(device: str) -> None:
@@ -108,15 +123,30 @@ def synchronize(device: str) -> None:
 
 
 def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], np.ndarray]:
+    """A call that finds `config.boxes` boxes in a picture and returns their scores."""
+    path = draw_picture(folder, config)
+    if config.variant == "ours":
+        predictor = as_predictor(fork, folder, config)
+
+        def detect(threshold: float) -> np.ndarray:
+            predictor.conf_threshold = threshold
+            return predictor(path).scores
+    else:
+        fork.to(config.device)
+
+        def detect(threshold: float) -> np.ndarray:
+            return fork_detect(fork, path, config, threshold)[:, 4]
+
+    threshold = float(np.sort(detect(LOWEST))[-config.boxes :][0])
+    return lambda: detect(threshold)
+
+
+def draw_picture(folder: Path, config: Config) -> Path:
     path = folder / "picture.jpg"
     pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
     size = config.picture[::-1]
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
-    if config.variant == "ours":
-        predictor = as_predictor(fork, folder, config)
-        return lambda: predictor(path).boxes_xyxy
-    fork.to(config.device)
-    return lambda: fork_detect(fork, path, config)
+    return path
 
 
 def network_alone(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], object]:
@@ -171,12 +201,12 @@ def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
     )
     save_checkpoint(folder / "fork.pt", as_checkpoint(folder / "fork.pth", facts))
     return Predictor(
-        folder / "fork.pt", device=config.device, conf_threshold=config.conf_threshold, nms_iou=0.3
+        folder / "fork.pt", device=config.device, conf_threshold=LOWEST, nms_iou=NMS_IOU
     )
 
 
 @torch.no_grad()
-def fork_detect(network: ForkYolo, path: Path, config: Config) -> np.ndarray:
+def fork_detect(network: ForkYolo, path: Path, config: Config, threshold: float) -> np.ndarray:
     """(n, 6) boxes as fractions of the picture, score, class: plain resize, NMS class by class."""
     height, width = config.input_shape
     image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
@@ -187,11 +217,11 @@ def fork_detect(network: ForkYolo, path: Path, config: Config) -> np.ndarray:
     probability, class_ids = boxes[:, 5:].max(dim=1)
     scores = boxes[:, 4] * probability
     rows = torch.cat((corners, scores[:, None], class_ids[:, None].float()), dim=1)
-    rows = rows[scores >= config.conf_threshold]
+    rows = rows[scores >= threshold]
     kept = []
     for class_id in rows[:, 5].unique():
         own = rows[rows[:, 5] == class_id]
-        kept.append(own[torchvision.ops.nms(own[:, :4], own[:, 4], 0.3)].cpu().numpy())
+        kept.append(own[torchvision.ops.nms(own[:, :4], own[:, 4], NMS_IOU)].cpu().numpy())
     return np.concatenate(kept) if kept else np.zeros((0, 6))
 
 

@@ -54,7 +54,7 @@ def main() -> None:
     if config.variant:
         print(json.dumps(measure(config)))
         return
-    found = run_in_turn("benchmarks.step", ("fork", "ours"), config.rounds)
+    found = run_in_turn("benchmarks.step", config, ("fork", "ours"))
     print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     medians = {
         variant: {key: statistics.median(one[key] for one in results) for key in results[0]}

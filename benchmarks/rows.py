@@ -89,7 +89,7 @@ LOSS = Figure(
     floor=loss_floor,
 )
 DETECTION = Figure(
-    what="picture to boxes, batch 1",
+    what="picture to boxes, batch 1, 150 boxes kept by both",
     aim="1.4 x",
     found=rf"ratio {NUMBER} \(fork",
     base=rf"ours\s+{NUMBER} ms",
@@ -181,10 +181,22 @@ CUDA_ROWS = (
         small="--input_shape 64 64 --rounds 1 --steps 1 --batch_size 1",
     ),
     Row(
+        "benchmarks.step --device cuda --network --batch_size 64 --amp bf16 --steps 10",
+        (
+            dataclasses.replace(
+                STEP,
+                what="network alone, forward and backward, bf16, batch 64, against float32 "
+                "(convolutions in TF32)",
+                aim="2.5 x",
+            ),
+        ),
+        small="--input_shape 64 64 --rounds 1 --steps 1 --batch_size 1",
+    ),
+    Row(
         "benchmarks.detect --device cuda --pictures 30",
         (
             dataclasses.replace(
-                DETECTION, what="picture to boxes, batch 1, float32 in both", floor=None
+                DETECTION, what="picture to boxes, batch 1, float32 in both, 150 boxes", floor=None
             ),
         ),
         small="--input_shape 64 64 --rounds 1 --pictures 1",

@@ -10,6 +10,7 @@ mosaics share their partners (utils.sampler.EpochBlocks), so that it decodes a p
 
 import dataclasses
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -41,6 +42,7 @@ class Config:
     samples: int = 100  # a round
     rounds: int = 7  # of each method
     boxes: int = 6  # a picture
+    variant: str = ""  # for benchmarks.original: fork, "ours" or "ours, cached" alone, as JSON
 
 
 PICTURE_HW = (480, 640)
@@ -56,6 +58,9 @@ def main() -> None:
         else:
             samples = draw_pictures(Path(folder), config)
         rates = measure(methods(samples, config), config)
+        if config.variant:
+            print(json.dumps({"seconds": 1 / rates[config.variant]}))
+            return
         parts = measure_parts(samples, config)
     fork = rates["fork"]
     for name, rate in rates.items():
@@ -98,37 +103,44 @@ def label(path: Path, rng: np.random.Generator, count: int) -> Sample:
 
 def methods(samples: list[Sample], config: Config) -> dict[str, Callable[[int], object]]:
     """What makes sample number i, by name."""
+    makers = {
+        "fork": lambda: fork_method(samples, config),
+        "ours": lambda: our_method(samples, config, cache=False),
+        "ours, cached": lambda: our_method(samples, config, cache=True),
+    }
+    wanted = (config.variant,) if config.variant else tuple(makers)
+    return {name: makers[name]() for name in wanted}
+
+
+def fork_method(samples: list[Sample], config: Config) -> Callable[[int], object]:
     plain = [
         (Path(s.image_path), np.c_[s.boxes_xyxy, s.class_ids].astype(np.float64)) for s in samples
     ]
     rng = np.random.default_rng(0)
 
-    def fork(index: int) -> object:
+    def make(index: int) -> object:
         others = rng.integers(len(plain), size=3)
         items = [plain[i] for i in (index % len(plain), *others)]
         return mosaic_sample(items, config.input_shape, rng)
 
-    sets = {
-        name: VocDataset(
-            samples, config.input_shape, train=True, mosaic_prob=1, mixup_prob=0, cache=cache
-        )
-        for name, cache in (("ours", False), ("ours, cached", True))
-    }
-    return {"fork": fork, **{name: in_epochs(dataset) for name, dataset in sets.items()}}
+    return make
 
 
-def in_epochs(dataset: VocDataset) -> Callable[[int], object]:
+def our_method(samples: list[Sample], config: Config, *, cache: bool) -> Callable[[int], object]:
     """Training's next sample: a mosaic takes its partners from what comes at about its time."""
+    train_set = VocDataset(
+        samples, config.input_shape, train=True, mosaic_prob=1, mixup_prob=0, cache=cache
+    )
 
-    def samples() -> Iterator[object]:
-        sampler = EpochBatchSampler(len(dataset), 1)
+    def in_epochs() -> Iterator[object]:
+        sampler = EpochBatchSampler(len(train_set), 1)
         for epoch in itertools.count():
-            dataset.set_epoch(epoch)
+            train_set.set_epoch(epoch)
             sampler.set_epoch(epoch)
             for (index,) in sampler:
-                yield dataset[index]
+                yield train_set[index]
 
-    endless = samples()
+    endless = in_epochs()
     return lambda _: next(endless)
 
 

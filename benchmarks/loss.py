@@ -3,6 +3,7 @@
 python -m benchmarks.loss [--device cuda --batch_size 64 ...]
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +32,7 @@ class Config:
     assigner: str = "best_anchor"  # of ours; the reference knows best_anchor alone
     rounds: int = 10  # timed steps of each, alternating
     seed: int = 0  # of maps and boxes
+    variant: str = ""  # for benchmarks.original: ours or reference alone, figures as JSON
 
 
 def make_batch(config: Config) -> tuple[list[Tensor], Tensor]:
@@ -44,6 +46,34 @@ def make_batch(config: Config) -> tuple[list[Tensor], Tensor]:
     targets[:, 1] = torch.randint(config.num_classes, (len(targets),))
     targets[:, 4:] = 0.02 + 0.6 * targets[:, 4:] ** 2
     return outputs, targets.to(config.device)
+
+
+def make_steps(
+    config: Config, outputs: list[Tensor], targets: Tensor
+) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """What computes the terms of the loss, by name."""
+    shape, classes = config.input_shape, config.num_classes
+    loss = YOLOLoss(
+        ANCHORS, classes, shape, focal_loss=config.focal_loss, assigner=config.assigner
+    ).to(config.device)
+
+    def reference() -> dict[str, Tensor]:
+        return reference_loss(outputs, targets, classes, shape, focal_loss=config.focal_loss)
+
+    return {"ours": lambda: loss(outputs, targets), "reference": reference}
+
+
+def step_times(
+    steps: dict[str, Callable[[], dict[str, Tensor]]], outputs: list[Tensor], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each step, in turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            taken = step_seconds(step, outputs)
+            if turn:  # the first is a warm-up
+                seconds[name].append(taken)
+    return seconds
 
 
 def step_seconds(step: Callable[[], dict[str, Tensor]], outputs: list[Tensor]) -> float:
@@ -79,26 +109,17 @@ def main() -> None:
     if config.assigner not in ASSIGNERS:
         raise UserError(f"--assigner {config.assigner}: allowed are {', '.join(ASSIGNERS)}.")
     outputs, targets = make_batch(config)
-    shape, classes = config.input_shape, config.num_classes
-    loss = YOLOLoss(
-        ANCHORS, classes, shape, focal_loss=config.focal_loss, assigner=config.assigner
-    ).to(config.device)
-
-    def ours() -> dict[str, Tensor]:
-        return loss(outputs, targets)
-
-    def reference() -> dict[str, Tensor]:
-        return reference_loss(outputs, targets, classes, shape, focal_loss=config.focal_loss)
-
-    print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
-    print(f"total: ours {ours()['total'].item():.6f}, reference {reference()['total'].item():.6f}")
-    seconds: dict[str, list[float]] = {"ours": [], "reference": []}
-    for turn in range(config.rounds + 1):
-        for name, step in (("ours", ours), ("reference", reference)):
-            taken = step_seconds(step, outputs)
-            if turn:  # the first is a warm-up
-                seconds[name].append(taken)
+    steps = make_steps(config, outputs, targets)
+    if config.variant:
+        steps = {config.variant: steps[config.variant]}
+    totals = {name: step()["total"].item() for name, step in steps.items()}
+    seconds = step_times(steps, outputs, config.rounds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
+    if config.variant:
+        print(json.dumps({"seconds": median[config.variant], "total": totals[config.variant]}))
+        return
+    print(f"{config}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    print(f"total: ours {totals['ours']:.6f}, reference {totals['reference']:.6f}")
     for name, times in seconds.items():
         print(f"{name:9} median {1e3 * median[name]:8.2f} ms, fastest {1e3 * min(times):8.2f} ms")
     gradient_bytes = sum(raw.numel() * raw.element_size() for raw in outputs)
@@ -106,7 +127,7 @@ def main() -> None:
     print(f"ours writes {gradient_bytes / 1e6:.1f} MB of gradients at least: {gb_per_s:.1f} GB/s")
     print(f"ratio {median['reference'] / median['ours']:.2f} (reference / ours)")
     if config.device == "cuda":
-        check_no_sync(ours)
+        check_no_sync(steps["ours"])
 
 
 if __name__ == "__main__":

@@ -35,8 +35,11 @@ from engine.foreign import FileFacts, as_checkpoint
 from engine.predictor import Predictor
 from tests.reference_loss import ANCHORS
 from utils.errors import UserError, run_script
+from utils.image import read_image
+from utils.letterbox import letterbox
 
 ENGINES = ("onnxruntime", "openvino")
+PICTURE = "picture.jpg"
 LOWEST, NMS_IOU = 0.001, 0.3  # the threshold before the right one is known; the fork's NMS
 
 
@@ -83,9 +86,9 @@ def main() -> None:
 
 def measure(config: Config) -> dict[str, float]:
     """Median seconds of one variant, and how many boxes it finds."""
-    fork = random_network(config)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        fork = random_network(config, draw_picture(folder, config))
         detect = (network_alone if config.network else picture_to_boxes)(fork, folder, config)
         boxes = len(detect())  # of the network alone, its maps
         seconds = []
@@ -99,11 +102,11 @@ def measure(config: Config) -> dict[str, float]:
 
 
 @torch.no_grad()
-def random_network(config: Config) -> ForkYolo:
+def random_network(config: Config, path: Path) -> ForkYolo:
     """Random weights whose outputs differ between cells, as a trained network's do.
 
     As torch initialises it, all cells give the same score: the input is lost on the way. So BN
-    takes its statistics from a picture, and the heads give logits of about 1.5.
+    takes its statistics from the picture, as both ways show it, and the heads give logits of 1.5.
     """
     torch.manual_seed(config.seed)
     fork = ForkYolo(config.num_classes)
@@ -112,8 +115,8 @@ def random_network(config: Config) -> ForkYolo:
             module.momentum = 1.0
         if isinstance(module, nn.Conv2d) and module.bias is not None:
             nn.init.normal_(module.weight, std=1.5 * module.in_channels**-0.5)
-    blots = nn.functional.interpolate(torch.rand(2, 3, 15, 20), config.input_shape, mode="bicubic")
-    fork(blots.clamp(0, 1))
+    pixels = torch.from_numpy(letterbox(read_image(path), config.input_shape)).permute(2, 0, 1)
+    fork(torch.stack((fork_input(path, config), pixels.float() / 255)))
     return fork.eval()
 
 
@@ -124,7 +127,7 @@ def synchronize(device: str) -> None:
 
 def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], np.ndarray]:
     """A call that finds `config.boxes` boxes in a picture and returns their scores."""
-    path = draw_picture(folder, config)
+    path = folder / PICTURE
     if config.variant == "ours":
         predictor = as_predictor(fork, folder, config)
 
@@ -142,7 +145,7 @@ def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[
 
 
 def draw_picture(folder: Path, config: Config) -> Path:
-    path = folder / "picture.jpg"
+    path = folder / PICTURE
     pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
     size = config.picture[::-1]
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
@@ -208,10 +211,7 @@ def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
 @torch.no_grad()
 def fork_detect(network: ForkYolo, path: Path, config: Config, threshold: float) -> np.ndarray:
     """(n, 6) boxes as fractions of the picture, score, class: plain resize, NMS class by class."""
-    height, width = config.input_shape
-    image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.array(image, dtype=np.float32).transpose(2, 0, 1) / 255
-    outputs = network(torch.from_numpy(pixels)[None].to(config.device))
+    outputs = network(fork_input(path, config)[None].to(config.device))
     boxes = torch.cat([fork_decode(raw, scale, config) for scale, raw in enumerate(outputs)])
     corners = torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)
     probability, class_ids = boxes[:, 5:].max(dim=1)
@@ -223,6 +223,13 @@ def fork_detect(network: ForkYolo, path: Path, config: Config, threshold: float)
         own = rows[rows[:, 5] == class_id]
         kept.append(own[torchvision.ops.nms(own[:, :4], own[:, 4], NMS_IOU)].cpu().numpy())
     return np.concatenate(kept) if kept else np.zeros((0, 6))
+
+
+def fork_input(path: Path, config: Config) -> Tensor:
+    """float32 (3, H, W) in 0..1."""
+    height, width = config.input_shape
+    image = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image, dtype=np.float32).transpose(2, 0, 1) / 255)
 
 
 def fork_decode(raw: Tensor, scale: int, config: Config) -> Tensor:

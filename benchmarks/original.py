@@ -143,8 +143,8 @@ def write_batch(settings: step.Config, folder: Path) -> None:
 
 
 def write_network(settings: detect.Config, folder: Path) -> None:
-    detect.draw_picture(folder, settings)
-    torch.save(detect.random_network(settings).state_dict(), folder / "fork.pth")
+    path = detect.draw_picture(folder, settings)
+    torch.save(detect.random_network(settings, path).state_dict(), folder / "fork.pth")
 
 
 def measure_row(name: str, row: Row, config: Config, folder: Path) -> dict[str, list[dict]]:

@@ -30,6 +30,7 @@ from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
 from utils.dataset import VocDataset, collate, init_worker
 from utils.errors import UserError, run_script
+from utils.sampler import EpochBatchSampler
 from utils.voc import Sample, read_class_names, read_split
 
 
@@ -76,14 +77,13 @@ def find_samples(config: Config, folder: Path) -> tuple[list[Sample], int]:
 
 
 def make_loader(config: Config, samples: list[Sample]) -> DataLoader:
-    """As train.py makes it, with enough pictures for all steps."""
-    total = (1 + in_store(config) + config.warm_up + config.steps) * config.batch_size
+    """As train.py makes it; its first epoch again and again, until it fills all steps."""
+    total = 1 + in_store(config) + config.warm_up + config.steps
     train_set = VocDataset(samples, config.input_shape, train=True, cache=config.cache)
-    order = [index % len(samples) for index in range(total)]
+    batches = itertools.cycle(EpochBatchSampler(len(samples), config.batch_size))
     return DataLoader(
         train_set,
-        sampler=order,
-        batch_size=config.batch_size,
+        batch_sampler=list(itertools.islice(batches, total)),
         collate_fn=collate,
         num_workers=config.num_workers,
         worker_init_fn=init_worker,

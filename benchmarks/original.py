@@ -50,7 +50,7 @@ class Config:
     loss_batch: int = 8  # pictures of the loss row
     loss_boxes: int = 15  # its boxes a picture
     samples: int = 50  # of the sample row, a process
-    pictures: int = 40  # JPEGs that they are made of
+    pictures: int = 400  # JPEGs that they are made of: more than a worker keeps decoded
     step_batch: int = 4  # pictures of the step row
     steps: int = 2  # timed ones of a process
     detections: int = 8  # timed ones of a process

@@ -22,6 +22,7 @@ from benchmarks.load_weights import status_bytes
 from benchmarks.processes import run_variant
 from utils.dataset import VocDataset, collate, init_worker
 from utils.errors import UserError, run_script
+from utils.sampler import EpochBatchSampler
 
 MIB = 2**20
 
@@ -71,6 +72,7 @@ def measure(config: Config) -> dict[str, object]:
         epochs = []
         for number in range(config.epochs):
             train_set.set_epoch(number)
+            loader.batch_sampler.set_epoch(number)
             for _ in loader:
                 pass
             workers = sorted(child.pid for child in multiprocessing.active_children())
@@ -82,8 +84,7 @@ def make_loader(train_set: VocDataset, config: Config) -> DataLoader:
     """As the trainer makes it: the workers live as long as the loader."""
     return DataLoader(
         train_set,
-        batch_size=config.batch_size,
-        shuffle=True,
+        batch_sampler=EpochBatchSampler(len(train_set), config.batch_size),
         collate_fn=collate,
         num_workers=config.num_workers,
         worker_init_fn=init_worker,

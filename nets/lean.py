@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from nets.mish import Mish, is_plain_cpu
+from nets.cpu import has_avx512, is_plain_cpu
+from nets.mish import Mish
 from nets.recipe import LEAKY_SLOPE, Recipe, Unit, activate_, give_recipe, recipe_of
 from nets.weight_gradient import weight_gradient
 
@@ -111,7 +112,7 @@ def convolution_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, conv: nn.Conv2d, *, of_input: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients of the input, if wanted, and of the weights."""
-    by_torch = x.shape[1] < MIN_CHANNELS
+    by_torch = has_avx512() or x.shape[1] < MIN_CHANNELS
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(
         *(grad, x, weight, None, conv.stride, conv.padding, conv.dilation, False, (0, 0), 1),
         [of_input, by_torch, False],

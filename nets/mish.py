@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from nets.cpu import is_plain_cpu
+
 BLOCK = 2**18  # elements; three or four blocks of 1 MiB stay in the L2 and L3 caches
 
 
@@ -45,16 +47,6 @@ class _Mish(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return mish_backward_(dense_copy(x), grad)
-
-
-def is_plain_cpu(x: Tensor) -> bool:
-    """Whether x is of float32 or float64, on the CPU, and run now: not traced, not compiled."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
-    )
 
 
 def mish_(x: Tensor) -> Tensor:

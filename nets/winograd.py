@@ -8,11 +8,12 @@ them. Sums cost memory traffic, so it pays for many channels only.
 import torch
 from torch import Tensor, nn
 
-from nets.mish import is_plain_cpu
+from nets.cpu import has_avx512, is_plain_cpu
 
-# 1.3 to 1.5 times as fast as oneDNN from 128 to 256 channels on, 1.1 times from 128 to 128, and
-# slower below (batch 1, two AVX2 cores).
-MIN_IN_CHANNELS, MIN_WEIGHTS = 128, 128 * 256
+# Fewest input channels, and those times the output channels. With AVX2 it is 1.3 to 1.5 times as
+# fast as oneDNN from 128 to 256 channels on, 1.1 times from 128 to 128, and slower below; with
+# AVX-512 .9 times from 128 to 256 and 1.3 to 1.6 from 256 to 256 on (batch 1).
+LEAST = {"AVX2": (128, 128 * 256), "AVX-512": (256, 256 * 256)}
 
 
 class WinogradConv(nn.Module):
@@ -79,11 +80,12 @@ def use_winograd(model: nn.Module) -> None:
 
 
 def gains(conv: nn.Conv2d) -> bool:
+    least_channels, least_weights = LEAST["AVX-512" if has_avx512() else "AVX2"]
     return (
         is_plain_cpu(conv.weight)
         and conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
         and conv.bias is not None
-        and conv.in_channels >= MIN_IN_CHANNELS
-        and conv.in_channels * conv.out_channels >= MIN_WEIGHTS
+        and conv.in_channels >= least_channels
+        and conv.in_channels * conv.out_channels >= least_weights
     )

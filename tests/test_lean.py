@@ -42,7 +42,11 @@ def step(network, images):
     return outputs
 
 
-def test_a_step_has_the_results_gradients_and_statistics_of_the_modules_one_by_one(plainly):
+@pytest.mark.parametrize("avx512", [False, True])
+def test_a_step_has_the_results_gradients_and_statistics_of_the_modules_one_by_one(
+    plainly, avx512, monkeypatch
+):
+    monkeypatch.setattr(nets.lean, "has_avx512", lambda: avx512)
     lean = random_network()
     plain = copy.deepcopy(lean)
     images = torch.rand(2, 3, 96, 64, dtype=torch.float64)

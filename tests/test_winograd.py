@@ -31,7 +31,14 @@ def test_in_float32_it_is_off_by_rounding_alone():
     assert error < 1e-5
 
 
-def test_a_network_for_detection_has_it_where_it_gains_and_computes_the_same():
+DEEP = {(256, 256), (256, 512), (512, 512), (512, 1024)}
+
+
+@pytest.mark.parametrize(("avx512", "expected"), [(False, {(128, 256), *DEEP}), (True, DEEP)])
+def test_a_network_for_detection_has_it_where_it_gains_and_computes_the_same(
+    avx512, expected, monkeypatch
+):
+    monkeypatch.setattr("nets.winograd.has_avx512", lambda: avx512)
     torch.manual_seed(0)
     network = YoloV4(2, depth=0.1).eval()
     names = ("0", "1")
@@ -40,7 +47,7 @@ def test_a_network_for_detection_has_it_where_it_gains_and_computes_the_same():
     layers = [module for module in built.modules() if isinstance(module, WinogradConv)]
     shapes = {tuple(layer.weight.shape[1:]) for layer in layers}
     assert not any(tensor.requires_grad for tensor in (*built.parameters(), *built.buffers()))
-    assert shapes == {(128, 256), (256, 256), (256, 512), (512, 512), (512, 1024)}
+    assert shapes == expected
     images = torch.rand(2, 3, 96, 160)  # odd maps of 3 x 5
     with torch.no_grad():
         for found, expected in zip(built(images), network(images), strict=True):

@@ -4,33 +4,34 @@
         --data VOCdevkit/BCCD:train --classes_path VOCdevkit/BCCD/classes.txt --cache
     python -m benchmarks.epoch --width 0.1 --depth 0.1 --steps 5   # a small run on the CPU
 
-The data set is repeated until it fills all steps. Without --data the pictures are drawn.
+The data set's first epoch is repeated until it fills all steps: without --cache a worker may still
+have small data sets decoded. Without --data 400 pictures are drawn.
 """
 
 import dataclasses
 import itertools
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import tyro
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from benchmarks.loader import Config as LoaderConfig
 from benchmarks.loader import draw_pictures
 from benchmarks.loss import synchronize
+from engine.loader import TrainingLoader
 from engine.optimizer import Ema, build_optimizer
 from engine.recipe import amp_dtype
 from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
-from utils.dataset import VocDataset, collate, init_worker
+from utils.dataset import VocDataset
 from utils.errors import UserError, run_script
-from utils.sampler import EpochBatchSampler
+from utils.sampler import BLOCK, EpochBatchSampler
 from utils.voc import Sample, read_class_names, read_split
 
 
@@ -71,22 +72,30 @@ def main() -> None:
 def find_samples(config: Config, folder: Path) -> tuple[list[Sample], int]:
     """The data set and its number of classes."""
     if not config.data:
-        return draw_pictures(folder, LoaderConfig(pictures=64)), 3
+        return draw_pictures(folder, LoaderConfig(pictures=400)), 3
     names = read_class_names(config.classes_path)
     return read_split(config.data, names), len(names)
 
 
-def make_loader(config: Config, samples: list[Sample]) -> DataLoader:
-    """As train.py makes it; its first epoch again and again, until it fills all steps."""
+class RepeatedEpoch(EpochBatchSampler):
+    """The first epoch again and again, `steps` batches in all."""
+
+    def __init__(self, length: int, batch_size: int, *, steps: int):
+        super().__init__(length, batch_size)
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(itertools.cycle(list(super().__iter__())), self.steps)
+
+
+def make_loader(config: Config, samples: list[Sample]) -> TrainingLoader:
+    """As train.py makes it, with batches for all steps."""
     total = 1 + in_store(config) + config.warm_up + config.steps
     train_set = VocDataset(samples, config.input_shape, train=True, cache=config.cache)
-    batches = itertools.cycle(EpochBatchSampler(len(samples), config.batch_size))
-    return DataLoader(
+    return TrainingLoader(
         train_set,
-        batch_sampler=list(itertools.islice(batches, total)),
-        collate_fn=collate,
+        RepeatedEpoch(len(samples), config.batch_size, steps=total),
         num_workers=config.num_workers,
-        worker_init_fn=init_worker,
         pin_memory=config.device == "cuda",
     )
 
@@ -108,7 +117,7 @@ def make_step(config: Config, classes: int) -> TrainStep:
 
 def in_store(config: Config) -> int:
     """Batches that the workers may have ready before the clock starts: they do not count."""
-    return 2 * config.num_workers
+    return 2 * config.num_workers * max(1, BLOCK // config.batch_size)
 
 
 def rate(

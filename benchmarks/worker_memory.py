@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 
 import tyro
-from torch.utils.data import DataLoader
 
 from benchmarks import epoch
 from benchmarks.load_weights import status_bytes
 from benchmarks.processes import run_variant
-from utils.dataset import VocDataset, collate, init_worker
+from engine.loader import TrainingLoader
+from utils.dataset import VocDataset
 from utils.errors import UserError, run_script
 from utils.sampler import EpochBatchSampler
 
@@ -68,28 +68,19 @@ def measure(config: Config) -> dict[str, object]:
         cache = config.variant == "cached"
         train_set = VocDataset(samples, config.input_shape, train=True, cache=cache)
         held = status_bytes("VmRSS") - before
-        loader = make_loader(train_set, config)
+        sampler = EpochBatchSampler(len(train_set), config.batch_size)
+        loader = TrainingLoader(
+            train_set, sampler, num_workers=config.num_workers, pin_memory=False
+        )
         epochs = []
         for number in range(config.epochs):
             train_set.set_epoch(number)
-            loader.batch_sampler.set_epoch(number)
+            sampler.set_epoch(number)
             for _ in loader:
                 pass
             workers = sorted(child.pid for child in multiprocessing.active_children())
             epochs.append([worker_memory(pid) for pid in workers])
     return {"held": held, "epochs": epochs}
-
-
-def make_loader(train_set: VocDataset, config: Config) -> DataLoader:
-    """As the trainer makes it: the workers live as long as the loader."""
-    return DataLoader(
-        train_set,
-        batch_sampler=EpochBatchSampler(len(train_set), config.batch_size),
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        worker_init_fn=init_worker,
-        persistent_workers=True,
-    )
 
 
 def worker_memory(pid: int) -> dict[str, int]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.checkpoint import cpu_copy, save_checkpoint
@@ -16,6 +15,7 @@ from engine.distributed import broadcast_buffers, is_main, rank, world_size
 from engine.evaluator import Evaluation, evaluate, validation_loss
 from engine.figures import EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
+from engine.loader import TrainingLoader
 from engine.optimizer import Ema, build_optimizer, learning_rate
 from engine.pictures import batch_picture, detections_picture
 from engine.randomness import random_states, restore_random_states
@@ -23,7 +23,7 @@ from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
 from engine.step import TrainStep, blank_batch
 from engine.stop import stop_on_signal
-from utils.dataset import VocDataset, collate, init_worker
+from utils.dataset import VocDataset
 from utils.errors import UserError
 from utils.sampler import EpochBatchSampler
 from utils.voc import Sample
@@ -125,13 +125,10 @@ class Trainer:
             rank=rank(),
             world_size=world_size(),
         )
-        loader = DataLoader(
+        loader = TrainingLoader(
             self.train_set,
-            batch_sampler=sampler,
-            collate_fn=collate,
+            sampler,
             num_workers=self.recipe.num_workers,
-            worker_init_fn=init_worker,
-            persistent_workers=self.recipe.num_workers > 0,
             pin_memory=self.device.type == "cuda",
         )
         while self.epoch < phase.last_epoch and not self.stop_requested:
@@ -144,7 +141,7 @@ class Trainer:
         self.loss.train()
         self.model.backbone.requires_grad_(not frozen).train(not frozen)
 
-    def _run_epoch(self, phase: Phase, sampler: EpochBatchSampler, loader: DataLoader) -> None:
+    def _run_epoch(self, phase: Phase, sampler: EpochBatchSampler, loader: TrainingLoader) -> None:
         self._freeze(phase.frozen)
         strong = self.epoch < self.recipe.strong_share * self.recipe.epochs
         self.train_set.set_epoch(self.epoch, strong=strong)

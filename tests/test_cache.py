@@ -1,3 +1,4 @@
+import pickle
 import shutil
 from dataclasses import replace
 
@@ -186,6 +187,22 @@ def test_recent_pictures_are_made_once_and_bounded():
     get((1, 1))
     get((2, 1))
     assert made == [(1, 1), (2, 1), (3, 1), (4, 1), (2, 1)]
+
+
+def test_another_process_starts_without_recent_pictures():
+    recent = RecentPictures(10**6)
+    recent.get((0, 1), lambda: np.zeros(10**5, np.uint8))
+    assert len(pickle.dumps(recent)) < 1000
+    assert pickle.loads(pickle.dumps(recent)).limit_bytes == 10**6
+
+
+def test_a_picture_goes_before_what_was_made_of_it():
+    recent = RecentPictures(30)
+    for key in (1, 2):
+        recent.get((key, 1), lambda: np.zeros(10, np.uint8))
+    recent.let_go_first((2, 1))
+    recent.get((3, 1), lambda: np.zeros(11, np.uint8))
+    recent.get((1, 1), lambda: pytest.fail("it was not the first to go"))
 
 
 def test_a_picture_larger_than_the_bound_still_comes():

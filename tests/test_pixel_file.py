@@ -1,4 +1,5 @@
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tests.factory import add_picture, write_split
 from utils.cache import PictureCache
 from utils.dataset import VocDataset, collate
 from utils.errors import UserError
-from utils.pixel_file import STALE_SECONDS, pixel_file
+from utils.pixel_file import STALE_SECONDS, PixelFile, pixel_file
 from utils.voc import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,6 +71,31 @@ def test_a_changed_picture_makes_another_file(samples, tmp_path):
     assert len(files(folder)) == 2
 
 
+def test_a_picture_of_the_same_size_in_bytes_makes_another_file_too(samples, tmp_path):
+    folder, path = tmp_path / "cache", Path(samples[0].image_path)
+    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    status, data = path.stat(), path.read_bytes()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    assert len(files(folder)) == 2
+
+
+def test_other_pictures_sizes_and_reductions_have_files_of_their_own(samples, tmp_path):
+    folder = str(tmp_path / "cache")
+    for limit_hw, reduced in [((99, 99), False), ((50, 50), False), ((99, 99), True)]:
+        for part in (samples[:2], samples[2:4]):
+            PictureCache(part, limit_hw, 0, reduced=reduced, folder=folder)
+    assert len(files(tmp_path / "cache")) == 6
+
+
+def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
+    path = tmp_path / "huge"
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # without blocks on disk
+    assert PixelFile(path).pixels[-1] == 0
+
+
 def test_a_file_cut_short_is_written_again(samples, tmp_path):
     folder = tmp_path / "cache"
     PictureCache(samples, (99, 99), 0, folder=str(folder))
@@ -88,6 +114,8 @@ def test_spawned_workers_map_the_file_themselves(samples, tmp_path):
         "cache_dir": str(tmp_path / "cache"),
     }
     dataset = VocDataset(samples, (32, 32), **arguments)
+    _ = dataset[0]
+    assert len(pickle.dumps(dataset)) < 20_000  # 35 kB of pixels stay where they are
     context = {"num_workers": 1, "multiprocessing_context": "spawn"}
     (found,) = DataLoader(dataset, batch_size=5, collate_fn=collate, **context)
     expected = collate([dataset[i] for i in range(5)])
@@ -136,10 +164,21 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(samples, tmp_pat
     assert files(folder) == [made.path.name]
 
 
-def test_a_folder_that_cannot_be_one_is_a_user_error(samples, tmp_path):
+@pytest.mark.parametrize("name", ["file", "file/below", "n" * 300])
+@pytest.mark.parametrize("budget", [0, 10000])
+def test_a_folder_that_cannot_be_one_is_said_before_anything_is_decoded(
+    samples, tmp_path, name, budget, monkeypatch
+):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cache_dir .*file"):
-        PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "file"))
+    monkeypatch.setattr("utils.cache.read_image", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(UserError, match=r"cache_dir .*cannot be used"):
+        PictureCache(samples, (99, 99), budget, folder=str(tmp_path / name))
+
+
+def test_a_picture_that_went_after_the_split_was_read_is_a_user_error(samples, tmp_path):
+    Path(samples[3].image_path).unlink()
+    with pytest.raises(UserError, match=r"3\.png"):
+        PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
 
 
 def test_a_full_disk_is_said_before_anything_is_decoded(samples, tmp_path):

@@ -66,6 +66,11 @@ class RecentPictures:
             self._bytes -= self._pictures.popitem(last=False)[1].nbytes
         return image
 
+    def let_go_first(self, key: tuple[int, int]) -> None:
+        """Give up that picture before all others, if it is still there."""
+        if key in self._pictures:
+            self._pictures.move_to_end(key, last=False)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.limit_bytes,)  # another process starts with none
 
@@ -100,10 +105,10 @@ class PictureCache:
         self._recent = RecentPictures(RECENT_BYTES)
         self._pixels = torch.empty(self._starts[self._in_memory], dtype=torch.uint8)
         self._file: PixelFile | None = None
+        if self._in_memory < len(self):  # first: a folder that cannot be used is said at once
+            self._file = self._open_file(folder)
         if self._in_memory:
             self._fill_memory()
-        if self._in_memory < len(self):
-            self._file = self._open_file(folder)
 
     def __len__(self) -> int:
         """How many pictures are in memory or in the file."""
@@ -134,14 +139,21 @@ class PictureCache:
 
     def _decode(self, index: int, reduction: int) -> tuple[np.ndarray, int]:
         """A picture from disk and its reduction: by the decoder as far as every size allows, from
-        there by means of squares, since it may be wanted larger in a moment."""
+        there by halves, since it may be wanted larger in a moment."""
         sample = self.samples[index]
         least = choose_reduction(sample.image_hw, self._sizes[index])
-        image = self._recent.get((index, least), lambda: read_sample(sample, least))
-        if reduction > least:
-            further = reduction // least
-            image = self._recent.get((index, reduction), lambda: reduce(image, further))
-        return image, max(reduction, least)
+
+        def make(wanted: int) -> np.ndarray:
+            if wanted <= least:
+                return self._recent.get((index, least), lambda: read_sample(sample, least))
+            return self._recent.get((index, wanted), lambda: halve(wanted))
+
+        def halve(wanted: int) -> np.ndarray:
+            image = reduce(make(wanted // 2), 2)
+            self._recent.let_go_first((index, wanted // 2))  # it has four times the bytes
+            return image
+
+        return make(reduction), max(reduction, least)
 
     def _offset(self, kept: tuple[int, int], count: int) -> int:
         """Bytes that a picture's first `count` reductions take."""
@@ -190,8 +202,10 @@ class PictureCache:
     def _all_reductions(self, index: int) -> np.ndarray:
         """(bytes,) a picture's reductions one behind the other: as from disk, unless it is kept
         shrunk."""
-        whole = resize(read_sample(self.samples[index]), self._sizes[index])
-        return np.concatenate([reduce(whole, r).reshape(-1) for r in self._reductions])
+        images = [resize(read_sample(self.samples[index]), self._sizes[index])]
+        for _ in self._reductions[1:]:
+            images.append(reduce(images[-1], 2))
+        return np.concatenate([image.reshape(-1) for image in images])
 
 
 def kept_hw(image_hw: tuple[int, int], limit_hw: tuple[int, int]) -> tuple[int, int]:

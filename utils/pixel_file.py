@@ -4,7 +4,9 @@ import hashlib
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,7 @@ class PixelFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._map: np.ndarray | None = None
-
-    @property
-    def pixels(self) -> np.ndarray:
-        """(bytes,) uint8, not to be written to."""
-        if self._map is None:
-            # Not read-only, which torch would copy; what were written would stay in this process.
-            self._map = np.memmap(self.path, np.uint8, mode="c")
-        return self._map
+        self.pixels = np.memmap(path, np.uint8, mode="r")  # (bytes,)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)  # another process maps it itself; a map would be copied
@@ -43,17 +37,22 @@ def pixel_file(
 
     content: for each part the path of the picture and what else its bytes depend on; with the
     pictures' sizes and times they make the file's name, so that a changed picture makes another.
-    size: bytes of all parts. Two runs at once both write it, and one is kept.
-    Raises UserError if the folder cannot be written or has no room.
+    size: bytes of all parts, at least 1. Two runs at once both write it, and one is kept.
+    Raises UserError if the folder cannot be used or has no room, or a picture is gone.
     """
-    path = Path(folder) / f"pictures-{_key(content)}.cache"
-    if path.exists() and path.stat().st_size == size:
+    try:
+        path = Path(folder) / f"pictures-{_key(content)}.cache"
+        if not _is_whole(path, size):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_unfinished(path.parent)
+            _check_room(path.parent, size)
+            _write(path, size, parts)
         return PixelFile(path)
-    _make_room(path.parent, size)
-    with replacing(path, tag=f"{os.getpid()}.unfinished") as file:
-        for part in parts:
-            file.write(part)
-    return PixelFile(path)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir {folder}: cannot be used ({error}). Give a folder that can be written, or "
+            "none: pictures beyond cache_gb are then decoded each time."
+        ) from None
 
 
 def _key(content: Sequence[tuple]) -> str:
@@ -65,22 +64,33 @@ def _key(content: Sequence[tuple]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _make_room(folder: Path, size: int) -> None:
-    """Make the folder, remove what killed runs have left unfinished, and see what is free."""
+def _is_whole(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _write(path: Path, size: int, parts: Iterable[np.ndarray]) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(".pictures-*.unfinished"):
+        with replacing(path, tag=f"{uuid.uuid4().hex}.unfinished") as file:
+            for part in parts:
+                file.write(part)
+    except UserError:
+        if not _is_whole(path, size):  # another run may have finished it meanwhile
+            raise
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what killed runs have left."""
+    for path in folder.glob(".pictures-*.unfinished"):
+        with suppress(OSError):  # gone already, or another user's
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise UserError(
-            f"cache_dir {folder}: cannot be used ({error}). Give a folder that can be written, or "
-            "none: pictures beyond cache_gb are then decoded each time."
-        ) from None
+                path.unlink()
+
+
+def _check_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
             f"cache_dir {folder}: {size / 1e9:.1f} GB of decoded pictures do not fit into the "
-            f"{free / 1e9:.1f} GB that are free. Make room (older pictures-*.cache files may go), "
-            "give another folder, or none."
+            f"{free / 1e9:.1f} GB that are free. Make room (pictures-*.cache of earlier runs and "
+            ".pictures-*.unfinished of killed ones may go), give another folder, or none."
         )

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from engine.console import describe, how_to_go_on, how_to_use
-from engine.distributed import broadcast_object, is_main, process_group, select_device
+from engine.distributed import (
+    broadcast_object,
+    first_of_machine_first,
+    is_main,
+    process_group,
+    select_device,
+)
 from engine.multi_scale import MultiScale
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, plan_phases
@@ -19,15 +25,15 @@ from engine.resume import (
     folder_of_resumed,
     parse_config,
 )
-from engine.runlog import RunLog, new_run_folder
-from engine.start import build_network, choose_scale_xy, other_decode, set_prior
+from engine.runlog import RunLog, new_run_folder, removed_if_unused
+from engine.start import build_network, choose_scale_xy, other_decode, read_splits, set_prior
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from utils.augment import Augmentation
 from utils.dataset import VocDataset
 from utils.decode import read_anchors
 from utils.errors import UserError, run_script
-from utils.voc import Sample, read_class_names, scan_split
+from utils.voc import Sample, read_class_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +150,12 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         set_prior(model, loss.prior_pi, report)
     model = model.to(device, memory_format=torch.channels_last)
     folder = broadcast_object(run_folder(config) if is_main() else None)
-    train_samples, val_samples = broadcast_object(
-        read_data(config, class_names, folder) if is_main() else None
-    )
-    train_set = training_set(config, train_samples)
+    with removed_if_unused(folder):
+        train_samples, val_samples = broadcast_object(
+            read_data(config, class_names, folder) if is_main() else None
+        )
+        with first_of_machine_first():  # a file of --cache_dir is written once
+            train_set = training_set(config, train_samples)
     facts = checkpoint_facts(config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss)
     if is_main():
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
@@ -193,6 +201,8 @@ def check_config(config: Config, *, resumes: bool) -> None:
             "focal_alpha and focal_gamma count with --focal_loss only; for another loss write "
             'them in its name: --conf_loss "focal(alpha=0.5, gamma=1)".'
         )
+    if not 0 <= config.cache_gb < float("inf"):
+        raise UserError(f"cache_gb is {config.cache_gb}; give 0 or more GiB.")
     if config.cache_dir and not config.cache:
         raise UserError("cache_dir is for what --cache cannot keep in memory: give --cache, too.")
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
@@ -213,32 +223,17 @@ def run_folder(config: Config) -> Path:
 def read_data(
     config: Config, class_names: tuple[str, ...], folder: Path
 ) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples, with a report of each.
-
-    Raises UserError for the faults of both at once; an unused run folder is removed then.
-    """
-    found, faults = [], []
-    for name, spec in (("train", config.train), ("val", config.val)):
-        try:
-            samples, report = scan_split(
-                spec,
-                class_names,
-                skip_bad=config.skip_bad,
-                include_difficult=config.include_difficult,
-                split_dir=folder,
-                classes_path=config.classes_path,
-                progress=True,
-            )
-            print(f"{name}: {report}")
-            found.append(samples)
-        except UserError as error:
-            if str(error) not in faults:  # a missing root is often that of both
-                faults.append(str(error))
-    if faults:
-        if not any(folder.iterdir()):
-            folder.rmdir()
-        raise UserError("\n".join(faults))
-    return found[0], found[1]
+    """Training and validation samples."""
+    train_samples, val_samples = read_splits(
+        {"train": config.train, "val": config.val},
+        class_names,
+        skip_bad=config.skip_bad,
+        include_difficult=config.include_difficult,
+        split_dir=folder,
+        classes_path=config.classes_path,
+        progress=True,
+    )
+    return train_samples, val_samples
 
 
 def build_loss(

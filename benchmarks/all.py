@@ -25,6 +25,7 @@ from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/RESULTS.md"
+CPU_WORDS = {"cuda": "cpu", "bf16": "off", "fp16": "off"}  # of a small run without a GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def run(row: Row, config: Config) -> str:
     if config.small:
         flags += shlex.split(row.small)
     if config.small and not torch.cuda.is_available():
-        flags = [flag.replace("cuda", "cpu").replace("bf16", "off") for flag in flags]
+        flags = [CPU_WORDS.get(flag, flag) for flag in flags]
     if config.data and flags[0] == "benchmarks.epoch":
         flags += ["--data", config.data, "--classes_path", config.classes_path]
     command = [sys.executable, "-m", *flags]

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class Config:
     pictures: int = 8  # timed ones of a process
     rounds: int = 3  # processes of each variant
     seed: int = 0
-    variant: str = ""  # used by the processes: fork, ours or an engine
+    amp: str = "off"  # of ours: off, fp16 or bf16
+    variant: Literal["", "fork", "ours", "onnxruntime", "openvino"] = ""  # used by the processes
 
 
 def main() -> None:
@@ -140,7 +142,13 @@ def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[
         def detect(threshold: float) -> np.ndarray:
             return fork_detect(fork, path, config, threshold)[:, 4]
 
-    threshold = float(np.sort(detect(LOWEST))[-config.boxes :][0])
+    scores = np.sort(detect(LOWEST))
+    if len(scores) < config.boxes:
+        raise UserError(
+            f"--boxes {config.boxes}: {config.variant} finds {len(scores)} boxes of a score of "
+            f"{LOWEST} or more. Give fewer, or a larger --input_shape."
+        )
+    threshold = float(scores[-config.boxes])
     return lambda: detect(threshold)
 
 
@@ -204,7 +212,11 @@ def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
     )
     save_checkpoint(folder / "fork.pt", as_checkpoint(folder / "fork.pth", facts))
     return Predictor(
-        folder / "fork.pt", device=config.device, conf_threshold=LOWEST, nms_iou=NMS_IOU
+        folder / "fork.pt",
+        device=config.device,
+        conf_threshold=LOWEST,
+        nms_iou=NMS_IOU,
+        amp=config.amp,
     )
 
 

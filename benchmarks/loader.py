@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -42,7 +43,8 @@ class Config:
     samples: int = 100  # a round
     rounds: int = 7  # of each method
     boxes: int = 6  # a picture
-    variant: str = ""  # for benchmarks.original: fork, "ours" or "ours, cached" alone, as JSON
+    # for benchmarks.original: one alone, as JSON
+    variant: Literal["", "fork", "ours", "ours, cached"] = ""
 
 
 PICTURE_HW = (480, 640)

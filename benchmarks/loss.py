@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
@@ -32,7 +33,8 @@ class Config:
     assigner: str = "best_anchor"  # of ours; the reference knows best_anchor alone
     rounds: int = 10  # timed steps of each, alternating
     seed: int = 0  # of maps and boxes
-    variant: str = ""  # for benchmarks.original: ours or reference alone, figures as JSON
+    # for benchmarks.original: one alone, figures as JSON
+    variant: Literal["", "ours", "reference"] = ""
 
 
 def make_batch(config: Config) -> tuple[list[Tensor], Tensor]:

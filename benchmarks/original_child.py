@@ -120,7 +120,10 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def run_detect(job: dict[str, Any]) -> dict[str, float]:
     """A picture's file to its boxes, without the drawing, at the threshold that keeps so many."""
     find = make_detector(job)
-    threshold = float(np.sort(find(job["lowest"]))[-job["boxes"] :][0])
+    scores = np.sort(find(job["lowest"]))
+    if len(scores) < job["boxes"]:
+        sys.exit(f"the original finds {len(scores)} boxes, fewer than the {job['boxes']} wanted")
+    threshold = float(scores[-job["boxes"]])
     seconds = median_seconds(lambda: find(threshold), job["pictures"], job)
     return {"seconds": seconds, "boxes": len(find(threshold))}
 

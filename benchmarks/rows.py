@@ -137,7 +137,7 @@ CPU_ROWS = (
     Row(
         "benchmarks.detect",
         (DETECTION,),
-        small="--input_shape 64 64 --rounds 1 --pictures 1",
+        small="--input_shape 96 96 --rounds 1 --pictures 1 --boxes 9",
     ),
     Row(
         "benchmarks.step --rounds 2",
@@ -199,7 +199,16 @@ CUDA_ROWS = (
                 DETECTION, what="picture to boxes, batch 1, float32 in both, 150 boxes", floor=None
             ),
         ),
-        small="--input_shape 64 64 --rounds 1 --pictures 1",
+        small="--input_shape 96 96 --rounds 1 --pictures 1 --boxes 9",
+    ),
+    Row(
+        "benchmarks.detect --device cuda --pictures 30 --amp fp16",
+        (
+            dataclasses.replace(
+                DETECTION, what="the same, ours in half precision", aim="", floor=None
+            ),
+        ),
+        small="--input_shape 96 96 --rounds 1 --pictures 1 --boxes 9",
     ),
     Row(
         "benchmarks.cells --device cuda --width 1 --depth 1 --batch_size 16",

@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import tyro
@@ -51,7 +52,7 @@ class Config:
     tf32: bool = True  # float32 convolutions on a GPU may use TF32, as torch has it; in both
     steps: int = 2  # timed ones of a process
     rounds: int = 3  # processes of each variant
-    variant: str = ""  # used by the processes: ours or fork
+    variant: Literal["", "ours", "fork"] = ""  # used by the processes
 
 
 def main() -> None:

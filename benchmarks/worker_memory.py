@@ -13,6 +13,7 @@ import multiprocessing
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -36,7 +37,7 @@ class Config:
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     num_workers: int = 2
     epochs: int = 5
-    variant: str = ""  # used by the processes: disk or cached
+    variant: Literal["", "disk", "cached"] = ""  # used by the processes
 
 
 def main() -> None:

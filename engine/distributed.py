@@ -69,6 +69,18 @@ def process_group(device: torch.device) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def first_of_machine_first() -> Iterator[None]:
+    """The block is run by the first process of each machine, then by its others: what the first
+    one leaves on the machine's disk is there for them."""
+    waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
+    if waits:
+        dist.barrier()
+    yield
+    if world_size() > 1 and not waits:
+        dist.barrier()
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if world_size() == 1:

@@ -37,10 +37,10 @@ class MultiScale:
         if len(self.sizes) == 1:
             height, width = self.input_shape
             enough = math.ceil(1000 * MAX_STRIDE / max(height, width)) / 1000
+            more = f"at least {enough}, " if enough < 1 else ""
             raise UserError(
                 f"multi_scale {self.share} changes nothing: the next multiple of {MAX_STRIDE} is "
-                f"further from input_shape {height} {width}. Give 0, at least {enough}, or a "
-                "larger input_shape."
+                f"further from input_shape {height} {width}. Give 0, {more}or a larger input_shape."
             )
 
     @cached_property
@@ -53,8 +53,9 @@ class MultiScale:
 
     def size_at(self, step: int) -> tuple[int, int]:
         """(height, width) of a step, counted over all epochs from 0."""
-        draw = random_generator(self.seed, step // PERIOD).integers(len(self.sizes))
-        return self.sizes[draw]
+        # Four numbers, the last not 0 and not that of an epoch's order: no other draw has this key.
+        rng = random_generator(self.seed, step // PERIOD, 0, 2)
+        return self.sizes[rng.integers(len(self.sizes))]
 
     def _scaled(self, factor: float) -> tuple[int, int]:
         height, width = (

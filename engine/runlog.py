@@ -5,7 +5,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,17 @@ def new_run_folder(save_dir: str, prefix: str = "logs") -> Path:
         if not folder.exists():
             return _make(folder, exist_ok=False)
     raise UserError(f"{prefix} already holds 100 runs of this second. Give --save_dir.")
+
+
+@contextmanager
+def removed_if_unused(folder: Path) -> Iterator[None]:
+    """A UserError in the block removes the folder, if it is still empty."""
+    try:
+        yield
+    except UserError:
+        with suppress(OSError):  # something lies in it
+            folder.rmdir()
+        raise
 
 
 def _make(folder: Path, *, exist_ok: bool) -> Path:

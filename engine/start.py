@@ -8,7 +8,7 @@ from engine.foreign import check_scale_xy
 from nets.weights import LoadReport, load_weights
 from nets.yolo import YoloV4
 from utils.errors import UserError
-from utils.voc import read_class_names
+from utils.voc import Sample, read_class_names, scan_split
 
 SCRATCH_SCALE_XY = (1.2, 1.1, 1.05)  # strides 8, 16, 32; darknet's. The original fork has 1
 
@@ -33,6 +33,27 @@ def build_network(
     if is_main():
         print(report)
     return model, report
+
+
+def read_splits(
+    specs: Mapping[str, str], class_names: Sequence[str], **options: Any
+) -> list[list[Sample]]:
+    """The samples of each split, whose report is printed under its name.
+
+    options: as `scan_split` takes them. Raises UserError for the faults of all splits at once.
+    """
+    found, faults = [], []
+    for name, spec in specs.items():
+        try:
+            samples, report = scan_split(spec, class_names, **options)
+            print(f"{name}: {report}")
+            found.append(samples)
+        except UserError as error:
+            if str(error) not in faults:  # a missing root is often that of both
+                faults.append(str(error))
+    if faults:
+        raise UserError("\n".join(faults))
+    return found
 
 
 def choose_scale_xy(

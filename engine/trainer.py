@@ -93,7 +93,8 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU's memory is not enough. Start again with half the --batch_size (double "
-                "--accumulate keeps the update), with --recompute or a smaller --input_shape. "
+                "--accumulate keeps the update), with --recompute, a smaller --input_shape or less "
+                "--multi_scale. "
                 f"{error}"
             ) from None
         finished = self.epoch == self.recipe.epochs

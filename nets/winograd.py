@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nets.cpu import has_avx512, is_plain_cpu
 
-# Fewest input channels, and those times the output channels. With AVX2 it is 1.3 to 1.5 times as
+# Fewest input channels, and those times the output channels; by measurement with AVX2 and AVX-512,
+# other CPUs take AVX2's. With AVX2 it is 1.3 to 1.5 times as
 # fast as oneDNN from 128 to 256 channels on, 1.1 times from 128 to 128, and slower below; with
 # AVX-512 .9 times from 128 to 256 and 1.3 to 1.6 from 256 to 256 on (batch 1).
 LEAST = {"AVX2": (128, 128 * 256), "AVX-512": (256, 256 * 256)}

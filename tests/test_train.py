@@ -184,6 +184,8 @@ def test_unfreezing_moves_the_backbone_with_its_own_batch_size(whole_run, tiny_v
         ({"multi_scale": 0.1}, "changes nothing"),
         ({"focal_gamma": 3}, "--focal_loss"),
         ({"cache_dir": "elsewhere"}, "give --cache"),
+        ({"cache_gb": "inf"}, "cache_gb is inf"),
+        ({"cache": (), "cache_gb": 0, "cache_dir": "/dev/null"}, "cache_dir /dev/null"),
         ({"cls_loss": "my_losses:Broken"}, "Allowed: asymmetric("),
     ],
 )

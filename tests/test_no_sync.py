@@ -1,7 +1,8 @@
 """A training step never waits for the device: on a GPU that would cost the overlap of the two.
 
-On a CPU every operation of a step is looked at: one that gives a value to the host, or whose
-shape depends on values, or that copies a list of numbers to the device, would wait on a GPU.
+On a CPU every operation of a step is looked at: one that gives a number to the host, or whose
+shape depends on values, or that copies a list of numbers to the device, would wait on a GPU. Whole
+tensors that go to the host (cpu, numpy, tolist) show with CUDA's own check alone, the last test.
 """
 
 import pytest

@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -127,13 +129,29 @@ def test_a_rehearsal_leaves_no_trace():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_rehearsal_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_be_made(optimizer):
-    step = make_step(optimizer=optimizer)
+def test_a_rehearsal_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_be_made(
+    optimizer, monkeypatch
+):
+    step, held = make_step(optimizer=optimizer), []
     wanted = 2 * sum(p.numel() for p in step.model.parameters()) if optimizer == "adam" else 0
-    assert sum(tensor.numel() for tensor in state_to_come(step.optimizer)) == wanted
+
+    def state_as_a_set(optimizer):
+        tensors = set(state_to_come(optimizer))
+        held.append(weakref.ref(tensors))
+        return tensors
+
+    class Watching(SquareLoss):
+        def forward(self, *args, **options):
+            assert sum(tensor.numel() for tensor in held[0]()) == wanted  # while memory is tried
+            return super().forward(*args, **options)
+
+    monkeypatch.setattr("engine.step.state_to_come", state_as_a_set)
     before = len(step.optimizer.state)
+    step.loss = Watching()
     step.rehearse(*batch(), (32, 32))
+    assert held[0]() is None
     assert len(step.optimizer.state) == before
+    step.loss = SquareLoss()
     step(*batch())
     assert state_to_come(step.optimizer) == []
 

@@ -170,43 +170,49 @@ def test_spawned_workers_read_the_cache_and_follow_the_epoch(samples):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_recent_pictures_are_made_once_and_bounded():
-    recent, made = RecentPictures(30), []
+@pytest.mark.parametrize("limits", [(3, 10**6), (100, 30)])
+def test_recent_pictures_are_made_once_and_bounded(limits):
+    recent, made = RecentPictures(*limits), []
 
-    def get(key):
+    def get(index):
         def make():
-            made.append(key)
-            return np.full(10, key[0], np.uint8)
+            made.append(index)
+            return np.full(10, index, np.uint8)
 
-        return recent.get(key, make)[0]
+        return recent.get(index, 1, make)[0]
 
-    for key in [(1, 1), (2, 1), (1, 1), (3, 1), (1, 1)]:
-        assert get(key) == key[0]
-    assert made == [(1, 1), (2, 1), (3, 1)]
-    get((4, 1))  # 40 bytes: the one that was used longest ago goes
-    get((1, 1))
-    get((2, 1))
-    assert made == [(1, 1), (2, 1), (3, 1), (4, 1), (2, 1)]
+    for index in (1, 2, 1, 3, 1):
+        assert get(index) == index
+    assert made == [1, 2, 3]
+    get(4)  # the fourth, or 40 bytes: the one that was used longest ago goes
+    get(1)
+    get(2)
+    assert made == [1, 2, 3, 4, 2]
+
+
+def test_the_reductions_of_a_picture_come_and_go_together():
+    recent = RecentPictures(2, 10**6)
+    for index, reduction in ((1, 1), (1, 2), (2, 1), (3, 1)):
+        recent.get(index, reduction, lambda: np.zeros(10, np.uint8))
+    with pytest.raises(RuntimeError, match="gone"):
+        recent.get(1, 2, raise_gone)
+    recent.get(2, 1, raise_gone)
+
+
+def raise_gone():
+    raise RuntimeError("gone")
 
 
 def test_another_process_starts_without_recent_pictures():
-    recent = RecentPictures(10**6)
-    recent.get((0, 1), lambda: np.zeros(10**5, np.uint8))
+    recent = RecentPictures(3, 10**6)
+    recent.get(0, 1, lambda: np.zeros(10**5, np.uint8))
     assert len(pickle.dumps(recent)) < 1000
-    assert pickle.loads(pickle.dumps(recent)).limit_bytes == 10**6
-
-
-def test_a_picture_goes_before_what_was_made_of_it():
-    recent = RecentPictures(30)
-    for key in (1, 2):
-        recent.get((key, 1), lambda: np.zeros(10, np.uint8))
-    recent.let_go_first((2, 1))
-    recent.get((3, 1), lambda: np.zeros(11, np.uint8))
-    recent.get((1, 1), lambda: pytest.fail("it was not the first to go"))
+    copy = pickle.loads(pickle.dumps(recent))
+    assert (copy.limit, copy.limit_bytes) == (3, 10**6)
 
 
 def test_a_picture_larger_than_the_bound_still_comes():
-    assert RecentPictures(3).get((0, 1), lambda: np.zeros(10, np.uint8)).size == 10
+    assert RecentPictures(9, 3).get(0, 1, lambda: np.zeros(10, np.uint8)).size == 10
 
 
 def test_an_epoch_of_mosaics_decodes_each_picture_about_once(tmp_path, monkeypatch):

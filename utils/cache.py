@@ -14,11 +14,12 @@ from utils.errors import UserError
 from utils.image import read_image, reduce
 from utils.letterbox import letterbox_geometry, resize
 from utils.pixel_file import PixelFile, pixel_file
+from utils.sampler import BLOCK
 from utils.voc import Sample
 
 GIB = 2**30
 REDUCTIONS = (1, 2, 4, 8)  # at which a JPEG can be decoded
-RECENT_BYTES = 64 * 2**20  # 32 pictures of 640 x 480 with their halves and quarters take 37 MiB
+RECENT_BYTES = 128 * 2**20  # 32 pictures of 1160 x 860 with their halves; of 640 x 480 it is 38
 WINDOW = 64  # pictures decoded ahead of whoever takes them
 
 
@@ -49,30 +50,30 @@ def choose_reduction(image_hw: tuple[int, int], size_hw: tuple[int, int]) -> int
 
 
 class RecentPictures:
-    """What a process has decoded last, by key, within a bound of bytes; the oldest goes first."""
+    """The pictures that a process has used last, each in the reductions that were asked for.
 
-    def __init__(self, limit_bytes: int):
-        self.limit_bytes, self._bytes = limit_bytes, 0
-        self._pictures: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+    No more than `limit` pictures and `limit_bytes`: the one that was used longest ago goes first.
+    """
 
-    def get(self, key: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The picture of that key, made where it is not at hand; it must not be written to."""
-        image = self._pictures.get(key)
+    def __init__(self, limit: int, limit_bytes: int):
+        self.limit, self.limit_bytes, self._bytes = limit, limit_bytes, 0
+        self._pictures: OrderedDict[int, dict[int, np.ndarray]] = OrderedDict()
+
+    def get(self, index: int, reduction: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """That picture so reduced, made where it is not at hand; it must not be written to."""
+        image = self._pictures.get(index, {}).get(reduction)
         if image is None:
-            image = self._pictures[key] = make()
+            image = make()
+            self._pictures.setdefault(index, {})[reduction] = image
             self._bytes += image.nbytes
-        self._pictures.move_to_end(key)
-        while self._bytes > self.limit_bytes:
-            self._bytes -= self._pictures.popitem(last=False)[1].nbytes
+        self._pictures.move_to_end(index)
+        while len(self._pictures) > self.limit or self._bytes > self.limit_bytes:
+            _, gone = self._pictures.popitem(last=False)
+            self._bytes -= sum(image.nbytes for image in gone.values())
         return image
 
-    def let_go_first(self, key: tuple[int, int]) -> None:
-        """Give up that picture before all others, if it is still there."""
-        if key in self._pictures:
-            self._pictures.move_to_end(key, last=False)
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.limit_bytes,)  # another process starts with none
+        return type(self), (self.limit, self.limit_bytes)  # another process starts with none
 
 
 class PictureCache:
@@ -102,7 +103,7 @@ class PictureCache:
         ends = np.cumsum([0] + [self._offset(hw, len(REDUCTIONS)) for hw in self._sizes])
         self._in_memory = int(np.searchsorted(ends[1:], budget_bytes, side="right"))
         self._starts = ends[: 1 + (len(samples) if folder else self._in_memory)].tolist()
-        self._recent = RecentPictures(RECENT_BYTES)
+        self._recent = RecentPictures(BLOCK, RECENT_BYTES)
         self._pixels = torch.empty(self._starts[self._in_memory], dtype=torch.uint8)
         self._file: PixelFile | None = None
         if self._in_memory < len(self):  # first: a folder that cannot be used is said at once
@@ -145,13 +146,8 @@ class PictureCache:
 
         def make(wanted: int) -> np.ndarray:
             if wanted <= least:
-                return self._recent.get((index, least), lambda: read_sample(sample, least))
-            return self._recent.get((index, wanted), lambda: halve(wanted))
-
-        def halve(wanted: int) -> np.ndarray:
-            image = reduce(make(wanted // 2), 2)
-            self._recent.let_go_first((index, wanted // 2))  # it has four times the bytes
-            return image
+                return self._recent.get(index, least, lambda: read_sample(sample, least))
+            return self._recent.get(index, wanted, lambda: reduce(make(wanted // 2), 2))
 
         return make(reduction), max(reduction, least)
 

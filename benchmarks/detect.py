@@ -69,6 +69,10 @@ def main() -> None:
         raise UserError("--engines run the network alone: add --network.")
     if not 1 <= config.boxes <= 300:
         raise UserError(f"--boxes {config.boxes}: give 1 to 300; ours keeps no more than 300.")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device. Use --device cpu.")
+    if any(side % 32 for side in config.input_shape):
+        raise UserError(f"--input_shape {config.input_shape}: give multiples of 32.")
     if config.variant:
         print(json.dumps(measure(config)))
         return

@@ -160,6 +160,10 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(samples, tmp_pat
     old = time.time() - 2 * STALE_SECONDS
     os.utime(left, (old, old))
     made = pixel_file(str(folder), [(samples[0].image_path, 1)], 3, [np.arange(3, dtype=np.uint8)])
+    assert files(folder) == [made.path.name]
+    (folder / left.name).write_bytes(b"")
+    os.utime(folder / left.name, (old, old))
+    made = pixel_file(str(folder), [(samples[0].image_path, 1)], 3, iter(()))  # it is there
     assert made.pixels.tolist() == [0, 1, 2]
     assert files(folder) == [made.path.name]
 

@@ -42,9 +42,9 @@ def pixel_file(
     """
     try:
         path = Path(folder) / f"pictures-{_key(content)}.cache"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(path.parent)
         if not _is_whole(path, size):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_unfinished(path.parent)
             _check_room(path.parent, size)
             _write(path, size, parts)
         return PixelFile(path)

@@ -294,7 +294,7 @@ class Results:
             cure = "give a --conf_threshold instead of --class_thresholds"
         if not self.boxes_per_class:
             return (
-                f"No box has a {threshold}; the highest score seen is {self.max_score:.2g}. "
+                f"No box has a {threshold}; the highest score seen is {self.max_score:.4g}. "
                 f"To see more, {cure}."
             )
         boxes = ", ".join(f"{name} {count}" for name, count in self.boxes_per_class.most_common())

@@ -29,7 +29,7 @@ def test_a_single_process_is_a_world_of_its_own():
     assert (world_size(), is_main(), gather_objects("a")) == (1, True, ["a"])
 
 
-def run_two_ranks(folder, text):
+def assert_fine_on_two_ranks(folder, text):
     """Run a script that says "fine" on the main of two ranks."""
     script = folder / "two.py"
     script.write_text(text)
@@ -46,7 +46,7 @@ def run_two_ranks(folder, text):
 
 
 def test_two_ranks_share_buffers_and_objects(tmp_path):
-    run_two_ranks(tmp_path, TWO_RANKS)
+    assert_fine_on_two_ranks(tmp_path, TWO_RANKS)
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta"])
@@ -91,4 +91,4 @@ with process_group(torch.device("cpu")):
 
 
 def test_ranks_add_up_their_gradients_once_an_update(tmp_path):
-    run_two_ranks(tmp_path, ACCUMULATE)
+    assert_fine_on_two_ranks(tmp_path, ACCUMULATE)

@@ -118,7 +118,7 @@ def summary(plan: Plan, results: Sequence[Result]) -> str:
     seeds = ", ".join(map(str, plan.seeds))
     return (
         f"{done} of {total} runs are finished: {len(plan.losses)} confidence losses, "
-        f"seeds {seeds}, {plan.epochs} epochs each; tested on {plan.test}{version}."
+        f"seeds {seeds}; epochs of each: {plan.epochs}; tested on {plan.test}{version}."
     )
 
 

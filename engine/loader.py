@@ -17,7 +17,8 @@ class TrainingLoader:
     (N, 6).
 
     A worker is given all batches of a block of mosaic partners (utils.sampler.EpochBlocks), so that
-    it decodes a picture once, however many workers there are. They live until the loader goes.
+    it decodes a picture about once, however many workers there are; ranks that share a block each
+    decode what their own samples need of it. Workers live until the loader goes.
     """
 
     def __init__(

@@ -19,40 +19,71 @@ from utils.decode import STRIDES
 # few launches, and five planes of 16 MiB are little there.
 PAIRS_AT_ONCE = {"cpu": 2**18, "cuda": 2**22}
 
+MAX_SHAPE_RATIO = 4.0  # "neighbours": an anchor suits sides up to so many times its own
+TOP_K = 10  # "aligned": positives of a ground truth at most
+
+
+class Candidates(NamedTuple):
+    """Anchor cells that may be positive, (3 scales, N ground truths, A a scale); one may occur
+    for several ground truths, never twice for one."""
+
+    rows: Tensor  # int64
+    columns: Tensor  # int64
+    anchors: Tensor  # int64 0..2, of the scale's three
+    wanted: Tensor  # bool; the others only keep the shape
+    cells: Tensor  # int64 numbers, image * K + place
+    boxes_grid: Tensor  # (3, N, 4) ground truth: cx, cy, w, h in cells of the scale
+
 
 class Positives(NamedTuple):
-    """Candidates, (3 scales, N ground truths, A anchors), and the cells that they own.
+    """Candidates, (3 scales, N ground truths, A candidates), and the cells that they own.
 
-    Where several ground truths meet in one cell the last owns it; the others are not chosen.
+    Where several ground truths meet in one cell one owns it; the others are not chosen.
     """
 
     chosen: Tensor  # (3, N, A) bool
     cells: Tensor  # (3, N, A) int64 cell; B * K, one behind the last, where not chosen
-    anchors: Tensor  # (N, A) int64 0..2, of the scale's three
-    rows: Tensor  # (3, N) int64
-    columns: Tensor  # (3, N) int64
-    boxes_grid: Tensor  # (3, N, 4) cx, cy, w, h in cells of the scale
-    classes: Tensor  # (3, N, A, C) 0 or 1; an owner has the classes of all that met in its cell
+    classes: Tensor  # (3, N, A, C) 0 or 1
     mask: Tensor  # (B, K) bool
+    quality: Tensor | None = None  # (3, N, A) objectness target of the chosen ones, 0..1
 
 
-def _best_anchor(overlap: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The one anchor of best fit, the first of equals: the original fork's rule. A = 1."""
-    best = overlap.argmax(dim=1, keepdim=True)
-    scales = torch.arange(3, device=overlap.device)[:, None, None]
-    return best % 3, best // 3 == scales
+# Cells beside that of the centre, (rows down, columns right) in units of "towards the nearest"
+OWN_CELL = ((0, 0),)
+CROSS = ((0, 0), (0, 1), (1, 0))  # the nearest cell of the row and of the column: YOLOv5's
+SQUARE = (*CROSS, (1, 1))  # and the one diagonal to the centre's
 
 
-def _iou_threshold(overlap: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The best anchor, and every other that fits better than the threshold: darknet's. A = 3."""
-    anchors = torch.arange(9, device=overlap.device)
-    wanted = (anchors == overlap.argmax(dim=1, keepdim=True)) | (overlap > threshold)
-    return anchors[:3].expand(len(overlap), 3), wanted.unflatten(1, (3, 3)).transpose(0, 1)
+def _best_anchor(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
+    """The one anchor of best fit, the first of equals: the original fork's rule."""
+    best = anchor_overlap(sizes_wh, anchors_wh).argmax(dim=1, keepdim=True)
+    return best == torch.arange(9, device=best.device)
 
 
-# name -> function of the (N, 9) overlap with the anchors and of anchor_threshold: which anchors of
-# a scale may be wanted, (N, A), and which are, (3, N, A)
-ASSIGNERS = {"best_anchor": _best_anchor, "iou_threshold": _iou_threshold}
+def _iou_threshold(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
+    """The best anchor, and every other that fits better than the threshold: darknet's."""
+    overlap = anchor_overlap(sizes_wh, anchors_wh)
+    return _best_anchor(sizes_wh, anchors_wh, threshold) | (overlap > threshold)
+
+
+def _shape_ratio(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
+    """The best anchor, and every other whose sides are within a factor of 4: YOLOv5's."""
+    ratio = sizes_wh[:, None] / anchors_wh
+    near = torch.maximum(ratio, 1 / ratio).amax(-1) < MAX_SHAPE_RATIO
+    return _best_anchor(sizes_wh, anchors_wh, threshold) | near
+
+
+def _any_anchor(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
+    return torch.ones(len(sizes_wh), 9, dtype=torch.bool, device=sizes_wh.device)
+
+
+# name -> (which of the nine anchors suit boxes of these sizes, (N, 9); cells around the centre)
+ASSIGNERS = {
+    "best_anchor": (_best_anchor, OWN_CELL),
+    "iou_threshold": (_iou_threshold, OWN_CELL),
+    "neighbours": (_shape_ratio, CROSS),
+    "aligned": (_any_anchor, SQUARE),
+}
 
 
 def anchor_overlap(sizes_wh: Tensor, anchors_wh: Tensor) -> Tensor:
@@ -62,59 +93,123 @@ def anchor_overlap(sizes_wh: Tensor, anchors_wh: Tensor) -> Tensor:
     return intersection / union
 
 
-def assign(
+def place_candidates(
     targets: Tensor,
     anchors: Tensor,
     *,
     grids: Sequence[tuple[int, int]],
-    batch_size: int,
     num_classes: int,
     assigner: str,
     threshold: float,
-) -> Positives:
-    """Find the positives of a batch.
+    scale_xy: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Candidates:
+    """The cells around each ground truth's centre, at the anchors that suit its shape.
 
     targets: (N, 6) float32 image, class, cx, cy, w, h, fractions of the input. anchors: (9, 2)
     pixels. grids: (rows, columns) of the three scales. threshold: of "iou_threshold" alone.
+    scale_xy: a cell around the centre's is a candidate only where the centre is in its reach.
     """
     input_h, input_w = (STRIDES[0] * cells for cells in grids[0])
     sizes = torch.stack((targets[:, 4] * input_w, targets[:, 5] * input_h), dim=-1)
-    anchor_ids, wanted = ASSIGNERS[assigner](anchor_overlap(sizes, anchors), threshold)
+    suits, around = ASSIGNERS[assigner]
     known = (targets[:, 1:2] >= 0) & (targets[:, 1:2] < num_classes)
-    wanted = wanted & known
-    rows, columns, boxes_grid = _locate(targets, grids)
+    fits = (suits(sizes, anchors, threshold) & known).view(-1, 3, 3).transpose(0, 1)
+    rows, columns, usable, boxes_grid = _locate(targets, grids, around, scale_xy)
     first, per_image = _number_cells(rows, columns, grids)
-    cells = first[..., None] + anchor_ids + per_image * targets[:, :1].long()
-    total = per_image * batch_size
-    owner = _owners(torch.where(wanted, cells, total), total)
-    truths = torch.arange(len(targets), device=targets.device)[:, None]
-    owner_of_cell = owner[cells]
-    chosen = wanted & (owner_of_cell == truths)
-    return Positives(
-        chosen=chosen,
-        cells=torch.where(chosen, cells, total),
-        anchors=anchor_ids,
-        rows=rows,
-        columns=columns,
+    anchor_ids = torch.arange(3, device=targets.device).expand(*rows.shape, 3)
+    cells = first[..., None] + anchor_ids + per_image * targets[:, :1, None].long()
+    wanted = usable[..., None] & fits[:, :, None]
+    return Candidates(
+        rows=rows[..., None].expand_as(cells).flatten(2),
+        columns=columns[..., None].expand_as(cells).flatten(2),
+        anchors=anchor_ids.flatten(2),
+        wanted=wanted.flatten(2),
+        cells=cells.flatten(2),
         boxes_grid=boxes_grid,
-        classes=_class_bits(targets[:, 1].long(), owner_of_cell, wanted, num_classes),
-        mask=(owner[:-1] >= 0).view(batch_size, -1),
     )
 
 
-def _locate(targets: Tensor, grids: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """(3, N) row and column of each centre, and (3, N, 4) boxes, in cells of each scale.
+def choose_positives(
+    candidates: Candidates,
+    class_ids: Tensor,
+    *,
+    num_classes: int,
+    shape: tuple[int, int],
+    quality: tuple[Tensor, Tensor] | None = None,
+) -> Positives:
+    """Which candidates are positive: all that are wanted, or with `quality` each truth's best.
+
+    class_ids: (N,). shape: pictures and cells of a picture, (B, K). quality: alignment and IoU of
+    the predicted boxes, (3, N, A) each, of the "aligned" assigner.
+    """
+    total = shape[0] * shape[1]
+    wanted, target = candidates.wanted, None
+    if quality is not None:
+        wanted, target = _best_aligned(candidates, *quality, total=total)
+    owner = _owners(torch.where(wanted, candidates.cells, total), total)
+    truths = torch.arange(len(class_ids), device=class_ids.device)[:, None]
+    chosen = wanted & (owner[candidates.cells] == truths)
+    return Positives(
+        chosen=chosen,
+        cells=torch.where(chosen, candidates.cells, total),
+        classes=_class_bits(class_ids.long(), candidates, wanted, chosen, num_classes, total),
+        mask=(owner[:-1] >= 0).view(shape),
+        quality=target,
+    )
+
+
+def _best_aligned(
+    candidates: Candidates, alignment: Tensor, iou: Tensor, *, total: int
+) -> tuple[Tensor, Tensor]:
+    """The TOP_K of each truth by alignment, each cell with its best truth, and their targets:
+    alignment scaled so that a truth's best has its best IoU (TOOD, Feng et al. 2021)."""
+    alignment = torch.where(candidates.wanted, alignment, 0)
+    flat = alignment.transpose(0, 1).flatten(1)
+    best = flat.topk(min(TOP_K, flat.shape[1]), dim=1)
+    chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, best.indices, best.values > 0)
+    chosen = chosen.unflatten(1, (3, -1)).transpose(0, 1)
+    cells = torch.where(chosen, candidates.cells, total)
+    of_cell = alignment.new_zeros(total + 1)
+    of_cell.scatter_reduce_(0, cells.flatten(), alignment.flatten(), "amax")
+    chosen = chosen & (alignment >= of_cell[candidates.cells])
+    highest = torch.where(chosen, alignment, 0).amax((0, 2), keepdim=True)
+    best_iou = torch.where(chosen, iou, 0).amax((0, 2), keepdim=True)
+    tiny = torch.finfo(alignment.dtype).tiny
+    return chosen, alignment / highest.clamp(min=tiny) * best_iou
+
+
+def _locate(
+    targets: Tensor,
+    grids: Sequence[tuple[int, int]],
+    around: Sequence[tuple[int, int]],
+    scale_xy: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(3, N, cells) row and column of each centre's cell and those around it, whether they are
+    candidates, and (3, N, 4) boxes, in cells of each scale.
 
     A centre on the right or bottom border belongs to the last cell.
     """
+    down, right = torch.tensor(around, device=targets.device).unbind(-1)
     cx, cy, w, h = targets[:, 2:].unbind(-1)
-    rows = [(cy * height).long().clamp(0, height - 1) for height, _ in grids]
-    columns = [(cx * width).long().clamp(0, width - 1) for _, width in grids]
-    boxes = [
-        torch.stack((cx * width, cy * height, w * width, h * height), dim=-1)
-        for height, width in grids
-    ]
-    return torch.stack(rows), torch.stack(columns), torch.stack(boxes)
+    found = []
+    for (height, width), scale in zip(grids, scale_xy, strict=True):
+        row, beside_row = _nearest(cy * height, down, cells=height, scale=scale)
+        column, beside_column = _nearest(cx * width, right, cells=width, scale=scale)
+        boxes = torch.stack((cx * width, cy * height, w * width, h * height), dim=-1)
+        found.append((row, column, beside_row & beside_column, boxes))
+    rows, columns, usable, boxes_grid = map(torch.stack, zip(*found, strict=True))
+    return rows, columns, usable, boxes_grid
+
+
+def _nearest(centre: Tensor, steps: Tensor, *, cells: int, scale: float) -> tuple[Tensor, Tensor]:
+    """One axis: (N, cells) the cell of each centre, or the nearest beside it where a step is 1, and
+    whether that is inside the picture and a prediction there can reach the centre."""
+    centre = centre[:, None]
+    own = centre.long().clamp(0, cells - 1)
+    place = own + steps * torch.where(centre - own < 0.5, -1, 1)
+    reaches = (centre - place - 0.5).abs() <= scale / 2
+    usable = (place >= 0) & (place < cells) & (reaches | (steps == 0))
+    return place.clamp(0, cells - 1), usable
 
 
 def _number_cells(
@@ -140,17 +235,25 @@ def _owners(cells: Tensor, total: int) -> Tensor:
 
 
 def _class_bits(
-    class_ids: Tensor, owner_of_cell: Tensor, wanted: Tensor, num_classes: int
+    class_ids: Tensor,
+    candidates: Candidates,
+    wanted: Tensor,
+    chosen: Tensor,
+    num_classes: int,
+    total: int,
 ) -> Tensor:
     """(3, N, A, C): each wanted candidate adds its class to the row of its cell's owner."""
-    scales, count, anchors = wanted.shape
-    row = torch.arange(scales, device=wanted.device)[:, None, None] * count + owner_of_cell
-    row = row * anchors + torch.arange(anchors, device=wanted.device)
     rows = wanted.numel()
+    row = torch.arange(rows, device=wanted.device)
+    row_of_cell = torch.full((total + 1,), rows, device=wanted.device)
+    owned = torch.where(chosen, candidates.cells, total)
+    row_of_cell.scatter_(0, owned.flatten(), row)
+    row_of_cell[total] = rows
+    place = row_of_cell[candidates.cells] * num_classes + class_ids[:, None]
+    place = torch.where(wanted, place, rows * num_classes)
     bits = torch.zeros(rows * num_classes + 1, device=wanted.device)
-    place = torch.where(wanted, row * num_classes + class_ids[:, None], rows * num_classes)
     bits.scatter_(0, place.flatten(), 1.0)
-    return bits[:-1].view(scales, count, anchors, num_classes)
+    return bits[:-1].view(*wanted.shape, num_classes)
 
 
 @torch.no_grad()

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from losses.alpha import MeasuredAlpha
-from losses.assign import ASSIGNERS, Positives, assign, overlaps_truth
+from losses.assign import (
+    ASSIGNERS,
+    Candidates,
+    Positives,
+    choose_positives,
+    overlaps_truth,
+    place_candidates,
+)
 from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
 from losses.class_loss import build_cls_loss
 from losses.conf_cells import ConfCells, group_sums
@@ -17,7 +24,7 @@ from utils.boxes import cxcywh_to_xyxy
 from utils.decode import STRIDES, decode_grid_boxes, grid_offsets
 from utils.errors import UserError
 
-LOC_GAIN = 0.05
+ALIGNMENT = (0.5, 6.0)  # exponents of score and IoU in "aligned": TOOD's with the detection score
 MIN_IOU_TARGET = 1e-3  # a positive's target stays above 0, which would make it a negative
 
 
@@ -26,16 +33,16 @@ class Denominators(NamedTuple):
     their number because DDP averages the gradients: the ranks' mean is the joint batch's loss.
     """
 
-    positives: Tensor  # (3,) of each scale
-    counted: Tensor  # (3,)
+    counted: Tensor  # (3,) cells of each scale
+    weights: Tensor  # (3,) of the positives
     all_positives: Tensor  # ()
 
     @classmethod
     def of(cls, counts: Tensor) -> "Denominators":
-        """counts: (2, 3) float32, positives and counted cells of this rank's scales."""
+        """counts: (3, 3) float32, positives, their weights and counted cells of this rank."""
         counts = sum_over_ranks(counts)
-        positives, counted = counts.clamp(min=1) / ranks()
-        return cls(positives, counted, counts[0].sum().clamp(min=1) / ranks())
+        _, weights, counted = counts.clamp(min=1) / ranks()
+        return cls(counted, weights, counts[0].sum().clamp(min=1) / ranks())
 
 
 class _PickCells(torch.autograd.Function):
@@ -88,6 +95,9 @@ class YOLOLoss(nn.Module):
         ignore_threshold: float = 0.5,
         scale_xy: tuple[float, float, float] = (1.0, 1.0, 1.0),
         balance: tuple[float, float, float] = (4.0, 1.0, 0.4),
+        loc_gain: float = 0.05,
+        cls_gain: float = 1.0,
+        iou_target: float = 0.0,
     ):
         super().__init__()
         _check_choice("box_loss", box_loss, BOX_LOSSES)
@@ -96,9 +106,13 @@ class YOLOLoss(nn.Module):
         _check_range("anchor_threshold", anchor_threshold, 0, 1)
         _check_range("ignore_threshold", ignore_threshold, 0, 1)
         _check_range("num_classes", num_classes, 1, float("inf"))
+        _check_range("iou_target", iou_target, 0, 1)
+        for name, gain in (("loc_gain", loc_gain), ("cls_gain", cls_gain)):
+            _check_range(name, gain, 0, 1e6)
         self.num_classes, self.box_loss, self.assigner = num_classes, box_loss, assigner
         self.label_smoothing, self.anchor_threshold = label_smoothing, anchor_threshold
         self.ignore_threshold = ignore_threshold
+        self.loc_gain, self.cls_gain = loc_gain, cls_gain
         self.scale_xy = _three("scale_xy", scale_xy)
         self.register_buffer("anchors", _anchor_tensor(anchors), persistent=False)
         self.register_buffer("strides", torch.tensor(STRIDES).float(), persistent=False)
@@ -107,6 +121,7 @@ class YOLOLoss(nn.Module):
         self.conf_factor = 5 * input_shape[0] * input_shape[1] / 416**2
         self.conf_loss = _pick_conf_loss(focal_loss, focal_alpha, focal_gamma, conf_loss)
         self.conf_settings = conf_settings(self.conf_loss)
+        self.iou_target = 1.0 if self.conf_settings.wants_iou else iou_target
         self.prior_pi = self.conf_settings.prior_pi
         self.cls_loss = build_cls_loss(cls_loss, label_smoothing)
 
@@ -134,19 +149,41 @@ class YOLOLoss(nn.Module):
         self, outputs: Sequence[Tensor], targets: Tensor, *, with_cells: bool
     ) -> dict[str, Any]:
         maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
-        positives = self._assign(maps, targets)
-        images = targets[:, 0].long()
-        objectness, predictions = _pick(maps, images, positives)
-        predicted = self._decode(predictions, positives)
-        counted = positives.mask | ~self._overlapping(maps, images, positives)
         sizes = [raw[0, ..., 0].numel() for raw in maps]
-        counts = torch.stack((positives.chosen.sum((1, 2)), _sum_by_scale(counted, sizes)))
-        denominators = Denominators.of(counts.float())
+        candidates = place_candidates(
+            targets,
+            self.anchors,
+            grids=[tuple(raw.shape[1:3]) for raw in maps],
+            num_classes=self.num_classes,
+            assigner=self.assigner,
+            threshold=self.anchor_threshold,
+            scale_xy=self.scale_xy,
+        )
+        images = targets[:, 0].long()
+        objectness, predictions = _pick(maps, images, candidates)
+        predicted = self._decode(predictions, candidates)
+        truths = candidates.boxes_grid[:, :, None]
+        iou = paired_iou(predicted.detach(), truths)
+        positives = choose_positives(
+            candidates,
+            targets[:, 1],
+            num_classes=self.num_classes,
+            shape=(len(maps[0]), sum(sizes)),
+            quality=self._alignment(predictions, targets[:, 1], iou),
+        )
+        counted = positives.mask | ~self._overlapping(maps, images, candidates)
+        weights = positives.chosen.float()
+        if positives.quality is not None:
+            weights = weights * positives.quality
+        by_scale = weights.sum((1, 2))
+        if positives.quality is not None:
+            by_scale = by_scale.sum().expand(3)  # one mean over all scales
+        counts = (positives.chosen.sum((1, 2)), by_scale, _sum_by_scale(counted, sizes))
+        denominators = Denominators.of(torch.stack(counts).float())
 
-        truths = positives.boxes_grid[:, :, None]
-        loc = self._loc(predicted, truths, positives.chosen, denominators.positives)
-        cls = self._cls(predictions[..., 5:], positives, denominators.positives)
-        target = self._conf_target(predicted, truths, positives)
+        loc = self._loc(predicted, truths, weights, denominators.weights)
+        cls = self._cls(predictions[..., 5:], positives.classes, weights, denominators.weights)
+        target = self._conf_target(iou, positives)
         losses = self._conf_losses(objectness, target, counted) * counted
         weights = self._conf_weights(denominators)
         conf = (weights * _sum_by_scale(losses, sizes)).sum()
@@ -174,28 +211,38 @@ class YOLOLoss(nn.Module):
                 seen["conf_alpha"] = module.alpha.float()
         return seen
 
-    def _assign(self, maps: list[Tensor], targets: Tensor) -> Positives:
-        return assign(
-            targets,
-            self.anchors,
-            grids=[tuple(raw.shape[1:3]) for raw in maps],
-            batch_size=len(maps[0]),
-            num_classes=self.num_classes,
-            assigner=self.assigner,
-            threshold=self.anchor_threshold,
-        )
-
-    def _decode(self, predictions: Tensor, positives: Positives) -> Tensor:
+    def _decode(self, predictions: Tensor, candidates: Candidates) -> Tensor:
         """(3, N, A, >=4) raw -> (3, N, A, 4) cx, cy, w, h in cells of the scale."""
-        offsets = torch.stack((positives.columns, positives.rows), dim=-1)[:, :, None]
+        offsets = torch.stack((candidates.columns, candidates.rows), dim=-1)
         anchors = self.anchors.view(3, 3, 2) / self.strides.view(3, 1, 1)
-        scale = self.scales.view(3, 1, 1, 1)
+        scales = torch.arange(3, device=anchors.device).view(3, 1, 1)
         return torch.cat(
-            decode_grid_boxes(predictions, offsets, anchors[:, positives.anchors], scale), dim=-1
+            decode_grid_boxes(
+                predictions,
+                offsets,
+                anchors[scales, candidates.anchors],
+                self.scales.view(3, 1, 1, 1),
+            ),
+            dim=-1,
         )
 
     @torch.no_grad()
-    def _overlapping(self, maps: list[Tensor], images: Tensor, positives: Positives) -> Tensor:
+    def _alignment(
+        self, predictions: Tensor, class_ids: Tensor, iou: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """How well candidates detect their truth, score^a IoU^b, and the IoU, (3, N, A) each.
+
+        None where the assigner does not ask.
+        """
+        if self.assigner != "aligned":
+            return None
+        place = class_ids.long().clamp(0, self.num_classes - 1)[:, None, None]
+        named = predictions[..., 5:].gather(-1, place.expand(*iou.shape, 1))[..., 0]
+        score = predictions[..., 4].sigmoid() * named.sigmoid()
+        return score ** ALIGNMENT[0] * iou.clamp(min=0) ** ALIGNMENT[1], iou
+
+    @torch.no_grad()
+    def _overlapping(self, maps: list[Tensor], images: Tensor, candidates: Candidates) -> Tensor:
         """(B, K) bool: boxes that overlap a ground truth of their picture too well to be wrong."""
         corners = []
         for scale, raw in enumerate(maps):
@@ -207,29 +254,30 @@ class YOLOLoss(nn.Module):
             edges = (centre - half, centre + half)
             planes = [edge.permute(4, 0, 1, 2, 3).flatten(2) for edge in edges]
             corners.append(torch.cat(planes) * STRIDES[scale])
-        truths_xyxy = cxcywh_to_xyxy(positives.boxes_grid[0] * STRIDES[0])
+        truths_xyxy = cxcywh_to_xyxy(candidates.boxes_grid[0] * STRIDES[0])
         return overlaps_truth(
             torch.cat(corners, dim=2), truths_xyxy, images, threshold=self.ignore_threshold
         )
 
-    def _loc(self, predicted: Tensor, truths: Tensor, chosen: Tensor, positives: Tensor) -> Tensor:
+    def _loc(self, predicted: Tensor, truths: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
         """The mean of each scale's positives, summed over scales."""
-        losses = box_loss(self.box_loss, predicted, truths) * chosen
-        return LOC_GAIN * (losses.sum((1, 2)) / positives).sum()
+        losses = box_loss(self.box_loss, predicted, truths) * weights
+        return self.loc_gain * (losses.sum((1, 2)) / sums).sum()
 
-    def _cls(self, logits: Tensor, positives: Positives, count: Tensor) -> Tensor:
+    def _cls(self, logits: Tensor, classes: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
         """The mean over each scale's positives and classes, summed over scales, times C / 80."""
-        target = positives.classes * (1 - self.label_smoothing) + self.label_smoothing / 2
-        losses = self.cls_loss(logits, target).sum(-1) * positives.chosen
-        return 1 / 80 * (losses.sum((1, 2)) / count).sum()
+        target = classes * (1 - self.label_smoothing) + self.label_smoothing / 2
+        losses = self.cls_loss(logits, target).sum(-1) * weights
+        return self.cls_gain / 80 * (losses.sum((1, 2)) / sums).sum()
 
-    def _conf_target(self, predicted: Tensor, truths: Tensor, positives: Positives) -> Tensor:
-        """(B, K): 0 for negatives; 1, or the IoU of the predicted box, for positives."""
-        if not self.conf_settings.wants_iou:
+    def _conf_target(self, iou: Tensor, positives: Positives) -> Tensor:
+        """(B, K): 0 for negatives; for positives 1, or mixed with the IoU of the predicted box."""
+        if not self.iou_target:
             return positives.mask.float()
-        iou = paired_iou(predicted.detach(), truths).clamp(MIN_IOU_TARGET, 1)
+        quality = iou if positives.quality is None else positives.quality
+        mixed = (1 - self.iou_target + self.iou_target * quality).clamp(MIN_IOU_TARGET, 1)
         target = iou.new_zeros(positives.mask.numel() + 1)
-        target.scatter_(0, positives.cells.flatten(), iou.flatten())
+        target.scatter_(0, positives.cells.flatten(), mixed.flatten())
         return target[:-1].view_as(positives.mask)
 
     def _conf_losses(self, objectness: Tensor, target: Tensor, counted: Tensor) -> Tensor:
@@ -254,14 +302,12 @@ class YOLOLoss(nn.Module):
             )
 
 
-def _pick(maps: list[Tensor], images: Tensor, positives: Positives) -> tuple[Tensor, Tensor]:
+def _pick(maps: list[Tensor], images: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
     """(B, K) objectness of all cells and (3, N, A, 5 + C) candidates, raw, float32."""
-    picked = [
-        _PickCells.apply(raw, images[:, None], rows[:, None], columns[:, None], positives.anchors)
-        for raw, rows, columns in zip(maps, positives.rows, positives.columns, strict=True)
-    ]
-    objectness, candidates = zip(*picked, strict=True)
-    return torch.cat(objectness, dim=1), torch.stack(candidates)
+    places = zip(maps, candidates.rows, candidates.columns, candidates.anchors, strict=True)
+    picked = [_PickCells.apply(raw, images[:, None], *place) for raw, *place in places]
+    objectness, predictions = zip(*picked, strict=True)
+    return torch.cat(objectness, dim=1), torch.stack(predictions)
 
 
 def _sum_by_scale(values: Tensor, sizes: list[int]) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from losses import assign as assign_module
-from losses.assign import anchor_overlap, assign, overlaps_truth
+from losses.assign import anchor_overlap, choose_positives, overlaps_truth, place_candidates
 from tests.reference_loss import ANCHORS
 from utils.boxes import pairwise_iou
 
@@ -12,6 +12,7 @@ GRIDS = ((8, 12), (4, 6), (2, 3))  # an input of 64 x 96 pixels
 INPUT_H, INPUT_W = 64, 96
 CELLS = 3 * (8 * 12 + 4 * 6 + 2 * 3)
 BOTH = pytest.mark.parametrize("assigner", ["best_anchor", "iou_threshold"])
+STATIC = pytest.mark.parametrize("assigner", ["best_anchor", "iou_threshold", "neighbours"])
 
 
 def truth(image=0, class_id=0, centre=(0.4, 0.3), size=ANCHORS[0]):
@@ -19,34 +20,74 @@ def truth(image=0, class_id=0, centre=(0.4, 0.3), size=ANCHORS[0]):
     return [image, class_id, *centre, size[0] / INPUT_W, size[1] / INPUT_H]
 
 
-def run(rows, assigner="best_anchor", threshold=0.213, batch_size=2, num_classes=3):
-    return assign(
-        torch.tensor(rows).view(-1, 6),
+def place(rows, assigner="best_anchor", threshold=0.213, num_classes=3, scale_xy=(2, 2, 2)):
+    targets = torch.tensor(rows).view(-1, 6)
+    return place_candidates(
+        targets,
         torch.tensor(ANCHORS).float(),
         grids=GRIDS,
-        batch_size=batch_size,
         num_classes=num_classes,
         assigner=assigner,
         threshold=threshold,
+        scale_xy=scale_xy,
     )
+
+
+def run(rows, assigner="best_anchor", threshold=0.213, quality=None):
+    return choose_positives(
+        place(rows, assigner, threshold),
+        torch.tensor(rows).view(-1, 6)[:, 1],
+        num_classes=3,
+        shape=(2, CELLS),
+        quality=quality,
+    )
+
+
+def suits(assigner, size, anchor, overlap, threshold):
+    """Whether an anchor suits a box of (w, h) pixels, by the definition."""
+    if assigner == "aligned" or overlap[anchor] == max(overlap):
+        return True
+    ratios = [side / own for side, own in zip(size, ANCHORS[anchor], strict=True)]
+    near = max(*ratios, *(1 / ratio for ratio in ratios)) < 4
+    return {"best_anchor": False, "iou_threshold": overlap[anchor] > threshold}.get(assigner, near)
+
+
+def cells_around(assigner, x, y, grid_hw):
+    """(row, column) of the centre's cell and of those beside it that the assigner takes."""
+    height, width = grid_hw
+    row, column = min(int(y), height - 1), min(int(x), width - 1)
+    found = [(row, column)]
+    if assigner in ("neighbours", "aligned"):
+        beside_row = row + (-1 if y - row < 0.5 else 1)
+        beside_column = column + (-1 if x - column < 0.5 else 1)
+        found += [(row, beside_column), (beside_row, column)]
+        found += [(beside_row, beside_column)] if assigner == "aligned" else []
+    return [(r, c) for r, c in found if 0 <= r < height and 0 <= c < width]
+
+
+def candidates_by_loops(row, assigner, threshold=0.213):
+    """Cells of its picture that may be a truth's, by the definition."""
+    _, class_id, cx, cy, w, h = row
+    size = (w * INPUT_W, h * INPUT_H)
+    overlap = anchor_overlap(torch.tensor([size]), torch.tensor(ANCHORS).float())[0].tolist()
+    found, start = [], 0
+    for scale, (height, width) in enumerate(GRIDS):
+        for r, c in cells_around(assigner, cx * width, cy * height, (height, width)):
+            anchors = [
+                a for a in range(3) if suits(assigner, size, 3 * scale + a, overlap, threshold)
+            ]
+            found += [start + 3 * (r * width + c) + a for a in anchors]
+        start += 3 * height * width
+    return found if class_id >= 0 else []
 
 
 def by_loops(rows, assigner, threshold):
     """{(picture, cell): (last truth, classes)}, by the definition."""
     found = {}
-    for index, (image, class_id, cx, cy, w, h) in enumerate(rows):
-        pixels = torch.tensor([[w * INPUT_W, h * INPUT_H]])
-        overlap = anchor_overlap(pixels, torch.tensor(ANCHORS).float())[0].tolist()
-        for anchor in range(9):
-            extra = assigner == "iou_threshold" and overlap[anchor] > threshold
-            if class_id < 0 or not (extra or anchor == overlap.index(max(overlap))):
-                continue
-            height, width = GRIDS[anchor // 3]
-            row, column = min(int(cy * height), height - 1), min(int(cx * width), width - 1)
-            start = sum(3 * h * w for h, w in GRIDS[: anchor // 3])
-            cell = start + 3 * (row * width + column) + anchor % 3
-            _, classes = found.get((image, cell), (index, set()))
-            found[image, cell] = (index, classes | {class_id})
+    for index, row in enumerate(rows):
+        for cell in candidates_by_loops(row, assigner, threshold):
+            _, classes = found.get((row[0], cell), (index, set()))
+            found[row[0], cell] = (index, classes | {row[1]})
     return found
 
 
@@ -59,7 +100,7 @@ def as_dict(positives):
     return found
 
 
-@BOTH
+@STATIC
 def test_no_ground_truth_gives_no_positives(assigner):
     positives = run([], assigner)
     assert positives.chosen.shape[:2] == (3, 0)
@@ -76,17 +117,20 @@ def test_a_box_of_an_anchors_size_is_that_anchors_at_the_cell_of_its_centre(anch
     cell = before + 3 * (row * width + column) + anchor % 3
     assert as_dict(positives) == {(1, cell): (0, {2})}
     assert positives.mask.nonzero().tolist() == [[1, cell]]
-    assert (positives.rows[scale, 0], positives.columns[scale, 0]) == (row, column)
+    candidates = place([truth(image=1, class_id=2, centre=(0.4, 0.3), size=ANCHORS[anchor])])
+    assert (candidates.rows[scale, 0] == row).all()
+    assert (candidates.columns[scale, 0] == column).all()
     expected = torch.tensor([0.4 * width, 0.3 * height, 0, 0])
     expected[2:] = torch.tensor(ANCHORS[anchor]) / (8, 16, 32)[scale]
-    torch.testing.assert_close(positives.boxes_grid[scale, 0], expected)
+    torch.testing.assert_close(candidates.boxes_grid[scale, 0], expected)
 
 
 @BOTH
 def test_a_centre_on_the_right_or_bottom_border_is_in_the_last_cell(assigner):
-    positives = run([truth(centre=(1.0, 1.0)), truth(centre=(0.0, 0.0), image=1)], assigner)
-    assert positives.rows[:, 0].tolist() == [h - 1 for h, _ in GRIDS]
-    assert positives.columns[:, 0].tolist() == [w - 1 for _, w in GRIDS]
+    rows = [truth(centre=(1.0, 1.0)), truth(centre=(0.0, 0.0), image=1)]
+    candidates, positives = place(rows, assigner), run(rows, assigner)
+    assert candidates.rows[:, 0, 0].tolist() == [h - 1 for h, _ in GRIDS]
+    assert candidates.columns[:, 0, 0].tolist() == [w - 1 for _, w in GRIDS]
     assert positives.mask[0, 3 * (8 * 12 - 1)]
     assert positives.mask[1, 0]
 
@@ -102,7 +146,7 @@ def test_in_one_cell_the_last_truth_wins_and_all_classes_count(classes):
     assert positives.mask.sum() == 2
 
 
-@BOTH
+@STATIC
 def test_an_ignore_region_is_no_positive_and_takes_no_cell(assigner):
     only = run([truth(class_id=-1)], assigner)
     assert not only.mask.any()
@@ -111,7 +155,7 @@ def test_an_ignore_region_is_no_positive_and_takes_no_cell(assigner):
     assert as_dict(beside) == as_dict(run([truth(class_id=1)], assigner))
 
 
-@BOTH
+@STATIC
 @pytest.mark.parametrize("seed", range(5))
 def test_crowded_pictures_equal_plain_loops(assigner, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -132,6 +176,58 @@ def test_every_candidate_that_is_not_chosen_points_behind_the_last_cell():
     positives = run([truth(), truth(), truth(class_id=-1)], "iou_threshold")
     assert (positives.cells[~positives.chosen] == 2 * CELLS).all()
     assert (positives.cells[positives.chosen] < 2 * CELLS).all()
+
+
+def test_a_cell_beside_the_centres_is_a_candidate_only_where_it_reaches_the_centre():
+    row = truth(centre=(0.4, 0.3))  # x 4.8, y 2.4 in the finest grid, 2.4 and 1.2 in the next
+    wide, own = (place([row], "neighbours", scale_xy=(reach,) * 3) for reach in (2.0, 1.0))
+    assert wide.wanted[0].sum() == 3 * own.wanted[0].sum() > 0
+    some = place([row], "neighbours", scale_xy=(1.5, 1.5, 1.5))  # x reaches .25 beyond, y .4
+    assert some.wanted[0].sum() == 2 * own.wanted[0].sum()
+
+
+def random_rows(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.rand(count, 6, generator=generator)
+    rows[:, 0] = torch.randint(0, 2, (count,), generator=generator)
+    rows[:, 1] = torch.randint(-1, 3, (count,), generator=generator)
+    return rows.tolist(), generator
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_aligned_takes_each_truths_best_candidates_and_each_cells_best_truth(seed):
+    rows, generator = random_rows(30, seed)
+    shape = place(rows, "aligned").wanted.shape
+    alignment, iou = torch.rand(2, *shape, generator=generator)
+    positives = run(rows, "aligned", quality=(alignment, iou))
+    candidates = place(rows, "aligned")
+    claims = {}
+    for index, row in enumerate(rows):
+        found = candidates.wanted[:, index].nonzero().tolist()
+        assert len(found) == len(candidates_by_loops(row, "aligned"))
+        best = sorted(found, key=lambda at: -alignment[at[0], index, at[1]])[:10]
+        for scale, slot in best:
+            cell = candidates.cells[scale, index, slot].item()
+            score = alignment[scale, index, slot].item()
+            claims.setdefault(cell, []).append((score, index, scale, slot))
+    expected = {max(own)[1:] for own in claims.values()}
+    chosen = {(i, scale, slot) for scale, i, slot in positives.chosen.nonzero().tolist()}
+    assert chosen == expected
+    assert positives.mask.sum() == len(expected)
+    for index in {own[0] for own in expected}:
+        own = positives.chosen[:, index]
+        best = alignment[:, index][own].argmax()
+        target = positives.quality[:, index][own]
+        torch.testing.assert_close(target.max(), iou[:, index][own].max())
+        assert target.argmax() == best
+
+
+def test_aligned_without_any_overlap_has_no_positives():
+    rows = [truth()]
+    nothing = torch.zeros(place(rows, "aligned").wanted.shape)
+    positives = run(rows, "aligned", quality=(nothing, nothing))
+    assert not positives.mask.any()
+    assert positives.quality.isfinite().all()
 
 
 def test_iou_threshold_adds_exactly_the_anchors_above_it():

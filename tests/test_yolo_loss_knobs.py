@@ -77,6 +77,48 @@ def test_an_iou_target_stays_above_zero():
     assert targets[targets > 0].min().item() == pytest.approx(1e-3)
 
 
+def test_iou_target_mixes_one_and_the_iou():
+    def targets_of(ratio):
+        loss = make_loss(
+            conf_loss="tests.test_yolo_loss_knobs:Recorder", ignore_threshold=0.2, iou_target=ratio
+        )
+        loss(make_outputs(), make_targets())
+        return loss.conf_loss.calls[0][1]
+
+    none, half, whole = (targets_of(ratio) for ratio in (0, 0.5, 1))
+    assert torch.equal(whole, recorded(wants_iou=True)[1][1])
+    assert set(none.unique().tolist()) == {0, 1}
+    torch.testing.assert_close(half[none > 0], (1 + whole[none > 0]) / 2, atol=1e-3, rtol=0)
+    assert torch.equal(half > 0, none > 0)
+
+
+@pytest.mark.parametrize(("knob", "term"), [("loc_gain", "loc"), ("cls_gain", "cls")])
+def test_a_gain_multiplies_its_term_and_no_other(knob, term):
+    outputs, targets = make_outputs(), make_targets()
+    plain = values(make_loss()(outputs, targets))
+    usual = {"loc_gain": 0.05, "cls_gain": 1.0}[knob]
+    changed = values(make_loss(**{knob: 3 * usual})(outputs, targets))
+    assert changed.pop(term) == pytest.approx(3 * plain.pop(term))
+    assert {k: changed[k] for k in plain if k != "total"} == {
+        k: plain[k] for k in plain if k != "total"
+    }
+
+
+def test_aligned_weights_positives_by_their_quality_over_all_scales():
+    loss = make_loss(
+        assigner="aligned",
+        conf_loss="tests.test_yolo_loss_knobs:Recorder",
+        iou_target=1,
+        scale_xy=(2, 2, 2),
+    )
+    terms = loss(make_outputs(), make_targets())
+    targets = loss.conf_loss.calls[0][1]
+    assert terms["positives"] == targets.count_nonzero() > 0
+    assert targets.max() <= 1
+    assert terms["loc"] <= loss.loc_gain * 3  # a mean of 1 - CIoU, which is below 3
+    assert terms["total"].isfinite()
+
+
 def test_gain_and_normalizer_are_applied_as_declared():
     mean, (logits, targets, mask) = recorded(wants_mask=True, gain=3.0)
     positives, _ = recorded(normalizer="positives", gain=3.0)

@@ -17,8 +17,9 @@ from engine.distributed import (
     select_device,
 )
 from engine.multi_scale import MultiScale
+from engine.presets import FORK, describe_recipe, recipe_changes
 from engine.randomness import seed_everything
-from engine.recipe import Recipe, amp_dtype, plan_phases
+from engine.recipe import Recipe, amp_dtype, epochs_for, plan_phases
 from engine.resume import (
     check_same_data,
     check_same_settings,
@@ -39,6 +40,8 @@ from utils.voc import Sample, read_class_names
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Edit here. Every line is also a flag; its comment is the flag's help.
+    recipe: str = "default"  # default: the values below; fork: the original fork's training
+
     # Data
     train: str = "VOCdevkit/VOC2007:train"  # training split, ROOT:SPLIT, several joined by +
     val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt
@@ -56,7 +59,8 @@ class Config:
     width: float = 1.0  # channels against YOLOv4's
     depth: float = 1.0  # residual blocks against YOLOv4's
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels; multiples of 32
-    scale_xy: tuple[float, float, float] | None = None  # reach of centres; None: that of --weights
+    scale_xy: tuple[float, float, float] | None = None  # grid sensitivity; None: from --weights
+    init: str = "kaiming"  # initial weights: kaiming, or normal (the original fork's)
 
     # Loss
     focal_loss: bool = False  # weight the confidence BCE by difficulty
@@ -70,9 +74,13 @@ class Config:
     anchor_threshold: float = 0.213  # iou_threshold: anchors whose shape overlaps more are positive
     ignore_threshold: float = 0.5  # cells whose box overlaps an object more are no negatives
     balance: tuple[float, float, float] = (4.0, 1.0, 0.4)  # confidence at strides 8, 16, 32
+    loc_gain: float = 0.05  # weight of the location loss
+    cls_gain: float = 1.0  # weight of the classification loss
+    iou_target: float = 0.0  # objectness target of positives: 0 is 1, 1 is the IoU of their box
 
     # Optimisation
-    epochs: int = 300  # passes over the training pictures, frozen ones included
+    epochs: int = 0  # total epochs, including --freeze_epochs; 0: from the number of images
+    patience: int = 0  # stop after so many epochs without a better validation AP50; 0: never
     batch_size: int = 8  # pictures a GPU; halve it on "out of memory"
     accumulate: int = 1  # batches an update
     freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
@@ -114,13 +122,16 @@ class Config:
 # What a resumed run may be given anew; the rest is what it started with.
 CHANGEABLE = (
     *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "cache_dir", "epochs"),
+    "patience",
     *("device", "num_workers", "deterministic", "log_period", "eval_period", "save_period"),
     *("save_dir", "resume", "lr", "clip_norm", "amp", "recompute"),
 )
 
 
 def main() -> None:
-    config, resume = parse_config(Config, description=__doc__, changeable=CHANGEABLE)
+    config, resume = parse_config(
+        Config, description=__doc__, changeable=CHANGEABLE, recipe_changes=recipe_changes
+    )
     device = select_device(config.device)
     check_config(config, resumes=resume is not None)
     with process_group(device):
@@ -132,7 +143,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     class_names = read_class_names(config.classes_path)
     anchors = read_anchors(config.anchors_path)
     check_same_data(class_names, config.classes_path, anchors, resume)
-    recipe = make_recipe(config, device)
+    make_recipe(config, device)  # finds a wrong constant before the data is read
     seed_everything(config.seed, deterministic=config.deterministic)
     model, report = build_network(
         class_names,
@@ -140,6 +151,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         depth=config.depth,
         weights="" if resume else config.weights,
         weights_classes="" if resume else config.weights_classes,
+        init=config.init,
     )
     model.backbone.recompute = config.recompute
     scale_xy = choose_scale_xy(config.scale_xy, report, resume)
@@ -156,10 +168,16 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         )
         with first_of_machine_first():  # a file of --cache_dir is written once
             train_set = training_set(config, train_samples)
+    if not config.epochs:
+        config = dataclasses.replace(config, epochs=epochs_for(len(train_samples)))
+        if is_main():
+            print(f"epochs: {config.epochs}, for {len(train_samples)} images; --epochs sets it")
+    recipe = make_recipe(config, device)
     facts = checkpoint_facts(config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss)
     if is_main():
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
             print(f"note: {note}")
+        print(describe_recipe(config.recipe, dataclasses.asdict(config), recipe_values(config)))
         print(describe(model, loss, recipe, facts=facts, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
@@ -205,7 +223,7 @@ def check_config(config: Config, *, resumes: bool) -> None:
         raise UserError(f"cache_gb is {config.cache_gb}; give 0 or more GiB.")
     if config.cache_dir and not config.cache:
         raise UserError("cache_dir is for what --cache cannot keep in memory: give --cache, too.")
-    least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
+    least = {"epochs": 0, "patience": 0, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
     least |= {"log_period": 1, "eval_period": 1, "save_period": 1}
     least |= {"freeze_epochs": 0, "num_workers": 0, "seed": 0}
     for name, low in least.items():
@@ -256,6 +274,9 @@ def build_loss(
         ignore_threshold=config.ignore_threshold,
         scale_xy=scale_xy,
         balance=config.balance,
+        loc_gain=config.loc_gain,
+        cls_gain=config.cls_gain,
+        iou_target=config.iou_target,
     )
 
 
@@ -263,6 +284,14 @@ def conf_loss_spec(config: Config) -> str:
     """The confidence loss in full, as --conf_loss takes it."""
     focal = f"focal(alpha={config.focal_alpha}, gamma={config.focal_gamma})"
     return config.conf_loss or (focal if config.focal_loss else "bce")
+
+
+def recipe_values(config: Config) -> dict[str, Any]:
+    """The constants that the recipe decides, as it alone gives them."""
+    values = dataclasses.asdict(Config()) | recipe_changes(
+        config.recipe, fine_tuning=bool(config.weights)
+    )
+    return {key: values[key] for key in FORK}
 
 
 def make_recipe(config: Config, device: torch.device) -> Recipe:
@@ -280,6 +309,7 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         schedule=config.schedule,
+        patience=config.patience,
         accumulate=config.accumulate,
         clip_norm=config.clip_norm,
         ema_decay=config.ema_decay if config.ema else 0.0,

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,21 +17,33 @@ Config = TypeVar("Config")
 
 
 def parse_config(
-    kind: type[Config], *, description: str, changeable: Collection[str]
+    kind: type[Config],
+    *,
+    description: str,
+    changeable: Collection[str],
+    recipe_changes: Callable[..., Mapping[str, Any]],
 ) -> tuple[Config, dict[str, Any] | None]:
     """The flags as a Config, and with --resume the checkpoint, whose config is the default.
 
-    changeable: the knobs that a resumed run may be given anew.
+    changeable: the knobs that a resumed run may be given anew. recipe_changes: what a recipe
+    changes against the constants, by its name and whether training starts from --weights.
     Raises UserError for a checkpoint that cannot be resumed and for knobs that cannot change.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--resume", default=kind.resume)  # the constant counts, too
-    found = finder.parse_known_args()[0].resume
-    if not found:
-        return tyro.cli(kind, description=description, use_underscores=True), None
-    path = Path(found) / "last.pt" if Path(found).is_dir() else Path(found)
+    finder.add_argument("--recipe", default=kind.recipe)
+    finder.add_argument("--weights", default=kind.weights)
+    found = finder.parse_known_args()[0]
+    if not found.resume:
+        changes = recipe_changes(found.recipe, fine_tuning=bool(found.weights))
+        default = kind(**{**changes, "recipe": found.recipe})
+        config = tyro.cli(kind, default=default, description=description, use_underscores=True)
+        return config, None
+    path = Path(found.resume) / "last.pt" if Path(found.resume).is_dir() else Path(found.resume)
     checkpoint = read_checkpoint(path, for_resume=True)
-    stored = stored_config(kind, checkpoint["config"])
+    # A checkpoint that lacks a constant is older than it: the fork's value was in force then.
+    older = recipe_changes("fork", fine_tuning=False)
+    stored = stored_config(kind, {**older, **checkpoint["config"]})
     default = default_for_resume(stored, path)
     config = tyro.cli(kind, default=default, description=description, use_underscores=True)
     check_resumed(config, stored, changeable)

@@ -6,15 +6,23 @@ from typing import Any
 from engine.distributed import is_main
 from engine.foreign import check_scale_xy
 from nets.weights import LoadReport, load_weights
-from nets.yolo import YoloV4
+from nets.yolo import YoloV4, initialise
 from utils.errors import UserError
 from utils.voc import Sample, read_class_names, scan_split
 
-SCRATCH_SCALE_XY = (1.2, 1.1, 1.05)  # strides 8, 16, 32; darknet's. The original fork has 1
+# A cell beside that of an object's centre reaches the centre, too. Darknet has 1.2, 1.1, 1.05 at
+# strides 8, 16, 32, the original fork 1.
+SCRATCH_SCALE_XY = (2.0, 2.0, 2.0)
 
 
 def build_network(
-    class_names: Sequence[str], *, width: float, depth: float, weights: str, weights_classes: str
+    class_names: Sequence[str],
+    *,
+    width: float,
+    depth: float,
+    weights: str,
+    weights_classes: str,
+    init: str = "kaiming",
 ) -> tuple[YoloV4, LoadReport | None]:
     """A network with what the file `weights` has for it, and the report of that; "": from scratch.
 
@@ -22,6 +30,8 @@ def build_network(
     Raises UserError for files that cannot be used.
     """
     model = YoloV4(len(class_names), width=width, depth=depth)
+    if init != "kaiming":
+        initialise(model, init)
     if not weights and weights_classes:
         raise UserError(
             f"--weights_classes {weights_classes} says what --weights holds; give both."
@@ -59,11 +69,12 @@ def read_splits(
 def choose_scale_xy(
     given: Sequence[float] | None, report: LoadReport | None, resume: Mapping[str, Any] | None
 ) -> tuple[float, ...]:
-    """The reach of centres: as given, else as the weights were trained, else YOLOv4's.
+    """The reach of centres: as given, else as the loaded heads were trained, else the default.
 
     Raises UserError for numbers not above 0.
     """
-    source = resume["scale_xy"] if resume is not None else report and report.scale_xy
+    loaded = report.scale_xy if report is not None and report.heads_loaded else None
+    source = loaded if resume is None else resume["scale_xy"]
     scale_xy = tuple(given or source or SCRATCH_SCALE_XY)
     check_scale_xy(scale_xy)
     return scale_xy

@@ -34,7 +34,7 @@ SAVE_SECONDS = 300  # last.pt is never older than this
 class Trainer:
     """Trains a model with a loss on a data set and keeps the run's folder.
 
-    facts: what a checkpoint says of network and data (DESIGN, Checkpoint). log: None on ranks
+    facts: what a checkpoint says of network and data (engine/checkpoint.py). log: None on ranks
     that write nothing. resume: a checkpoint with training state, whose run goes on where it stood.
     """
 
@@ -72,7 +72,7 @@ class Trainer:
         self.figures = EpochFigures(self.guard)
         self.epoch = self.epoch_step = self.global_step = 0  # finished ones
         self.steps = 0  # of the running epoch
-        self.metrics: dict[str, Any] = {"best_AP50": -1.0}
+        self.metrics: dict[str, Any] = {"best_AP50": -1.0, "best_epoch": 0}
         self.conf_threshold = 0.5  # until an evaluation has measured one
         self.stop_requested = False
         self.last_save = time.monotonic()
@@ -80,7 +80,7 @@ class Trainer:
             self._restore(resume)
 
     def fit(self) -> bool:
-        """Train to the last epoch. False when SIGINT or SIGTERM asked to stop before it.
+        """Train to the last epoch, or until `patience` ends it. False when SIGINT or SIGTERM did.
 
         Raises UserError when memory runs out, or only non-finite steps come or have come.
         """
@@ -88,7 +88,7 @@ class Trainer:
             self._rehearse()
             with stop_on_signal(self._request_stop):
                 for phase in self.recipe.phases:
-                    if self.epoch < phase.last_epoch and not self.stop_requested:
+                    if self.epoch < phase.last_epoch and not self._stops:
                         self._run_phase(phase)
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -97,10 +97,20 @@ class Trainer:
                 "--multi_scale. "
                 f"{error}"
             ) from None
-        finished = self.epoch == self.recipe.epochs
+        finished = self.epoch == self.recipe.epochs or self._no_longer_improves
         if finished:
             self.guard.check_learnt()
         return finished
+
+    @property
+    def _no_longer_improves(self) -> bool:
+        """Whether `patience` epochs have gone by without a better AP50."""
+        patience = self.recipe.patience
+        return bool(patience) and self.epoch - self.metrics.get("best_epoch", 0) >= patience
+
+    @property
+    def _stops(self) -> bool:
+        return self.stop_requested or self._no_longer_improves
 
     def _request_stop(self) -> None:
         self.stop_requested = True
@@ -132,7 +142,7 @@ class Trainer:
             num_workers=self.recipe.num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        while self.epoch < phase.last_epoch and not self.stop_requested:
+        while self.epoch < phase.last_epoch and not self._stops:
             self._run_epoch(phase, sampler, loader)
         self.step.network = self.model
 
@@ -222,13 +232,22 @@ class Trainer:
         if evaluation is not None:
             self._keep_best(evaluation)
         self.figures = EpochFigures(self.guard)
-        if self.epoch % self.recipe.save_period == 0 or last or self.stop_requested:
+        if self.epoch % self.recipe.save_period == 0 or last or self._stops:
             self._save_last()
+        if self._no_longer_improves and not last:
+            self._say(
+                f"stopped early: no better AP50 in the {self.recipe.patience} epochs since epoch "
+                f"{self.metrics['best_epoch']} (--patience)"
+            )
 
     def _keep_best(self, evaluation: Evaluation) -> None:
         self.conf_threshold = evaluation.conf_threshold
         best = max(self.metrics["best_AP50"], -1.0)
-        self.metrics = {**evaluation.metrics(), "best_AP50": best}
+        improved = not evaluation.metrics()["AP50"] <= best  # NaN, without any ground truth, too
+        best_epoch = self.epoch if improved else self.metrics.get("best_epoch", self.epoch)
+        self.metrics = {**evaluation.metrics(), "best_AP50": best, "best_epoch": best_epoch}
+        if improved:
+            self.metrics["best_AP50"] = self.metrics["AP50"]
         if self.log is None:
             return
         self.log.evaluation(evaluation, self.facts["conf_loss"], self.global_step)
@@ -239,8 +258,7 @@ class Trainer:
             self.conf_threshold,
         )
         self.log.picture("val_detections", picture, self.global_step)
-        if not self.metrics["AP50"] <= best:  # NaN, without any ground truth, counts as better
-            self.metrics["best_AP50"] = self.metrics["AP50"]
+        if improved:
             save_checkpoint(self.log.folder / "best.pt", self._checkpoint())
 
     def _weights(self) -> nn.Module:

@@ -63,7 +63,6 @@ class YoloV4(nn.Module):
             if isinstance(module, ConvBnAct):
                 module.lean = width >= LEAN_WIDTH
         initialise(self)
-        self.set_objectness_prior(SCRATCH_PRIOR)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         check_input(images.shape)
@@ -108,19 +107,29 @@ def check_input(shape: torch.Size) -> None:
         )
 
 
-def initialise(model: nn.Module) -> None:
-    """Weights for training from scratch; BN keeps torch's gamma 1 and beta 0.
+def initialise(model: YoloV4, kind: str = "kaiming") -> None:
+    """Weights for training from scratch: "kaiming", or "normal" as the original fork.
 
     BN hides a weight's scale from the forward pass: the scale only sets how far a step turns it.
     Kaiming gives each filter the norm sqrt(2) whatever its fan-in, so that one learning rate
-    suits all layers and widths. The output convolutions have no BN and start near 0: boxes begin
-    as the anchors, probabilities as the biases say.
+    suits all layers and widths; BN keeps torch's gamma 1 and beta 0. The output convolutions have
+    no BN and start near 0: boxes begin as the anchors, probabilities as the biases say.
+    "normal" is N(0, .02) for convolutions and N(1, .02) for BN's gamma.
+    Raises UserError for another kind.
     """
+    if kind not in ("kaiming", "normal"):
+        raise UserError(f"init {kind!r} is unknown. Allowed: kaiming, normal.")
     for module in model.modules():
-        if not isinstance(module, nn.Conv2d) or module.weight.is_meta:
+        if not isinstance(module, nn.Conv2d | nn.BatchNorm2d) or module.weight.is_meta:
             continue  # of the meta device: nothing to fill, and torch would import its compiler
-        if module.bias is None:
+        if kind == "normal":
+            is_norm = isinstance(module, nn.BatchNorm2d)
+            nn.init.normal_(module.weight, mean=float(is_norm), std=0.02)
+        elif isinstance(module, nn.Conv2d) and module.bias is None:
             nn.init.kaiming_normal_(module.weight, a=0.1)
-        else:
+        elif isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
+        if module.bias is not None:
             nn.init.zeros_(module.bias)
+    if kind == "kaiming":
+        model.set_objectness_prior(SCRATCH_PRIOR)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.recipe import Phase, Recipe, amp_dtype, plan_phases
+from engine.recipe import Phase, Recipe, amp_dtype, epochs_for, plan_phases
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -24,6 +24,12 @@ def test_the_learning_rate_is_rescaled_at_the_change_of_batch():
     assert recipe.rates(recipe.phases[0])[0] == pytest.approx(1e-2 * 32 / 64)
     assert recipe.rates(recipe.phases[1])[0] == pytest.approx(1e-2 * 16 / 64)
     assert recipe.epochs == 300
+
+
+def test_small_sets_get_300_epochs_and_large_ones_fewer():
+    assert [epochs_for(n) for n in (1, 200, 1000, 4000, 17000, 10**6)] == [
+        *(300, 300, 300, 150, 73, 30)
+    ]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,25 @@ def test_the_reach_is_the_given_one_else_that_of_the_weights_else_yolov4s(
     assert choose_scale_xy(given, source, resume) == expected
 
 
+def test_weights_without_heads_leave_the_reach_to_the_default():
+    cut = report(scale_xy=(1.2, 1.1, 1.05), heads_loaded=False)
+    assert choose_scale_xy(None, cut, None) == SCRATCH_SCALE_XY
+
+
+def test_the_forks_initial_weights_are_normal(tmp_path):
+    model, _ = build_network(
+        NAMES, width=0.25, depth=0.1, weights="", weights_classes="", init="normal"
+    )
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    kernels = torch.cat([p.flatten() for p in model.parameters() if p.ndim == 4])
+    gammas = torch.cat([m.weight for m in norms])
+    assert kernels.std().item() == pytest.approx(0.02, rel=0.02)
+    assert (gammas.mean().item(), gammas.std().item()) == pytest.approx((1, 0.02), abs=0.01)
+    assert objectness(model) == [0.5] * 9
+    with pytest.raises(UserError, match="init 'xavier' is unknown"):
+        build_network(NAMES, width=0.1, depth=0.1, weights="", weights_classes="", init="xavier")
+
+
 def test_a_reach_that_no_centre_can_have_is_refused():
     with pytest.raises(UserError, match=r"scale_xy 1\.0 0\.0 1\.0"):
         choose_scale_xy((1.0, 0.0, 1.0), None, None)

@@ -87,7 +87,8 @@ def check_inputs(plan: Plan, jobs: int) -> None:
     if jobs < 1 or plan.epochs < 1:
         raise UserError(f"--jobs {jobs}, --epochs {plan.epochs}: give 1 or more.")
     for loss in plan.losses:
-        build_conf_loss(loss)
+        if loss not in plan.variants:
+            build_conf_loss(loss)
     classes_path = plan.flags.get("classes_path", ["model_data/voc_classes.txt"])[-1]
     _, found = scan_split(
         plan.test,

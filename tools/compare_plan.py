@@ -6,7 +6,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,8 @@ class Plan:
     """Every loss with every seed, all else alike.
 
     test: the split for evaluate.py. flags: the flags of train.py, by name with underscores, each
-    with its values as typed. version: of this project, "" where git knows none.
+    with its values as typed. version: of this project, "" where git knows none. variants: for
+    names that are no confidence losses, what each changes, as further flags of train.py.
     """
 
     losses: tuple[str, ...]
@@ -70,6 +71,11 @@ class Plan:
     test: str
     flags: Mapping[str, Sequence[str]]
     version: str = ""
+    variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def flags_of(self, name: str) -> list[str]:
+        """The flags of train.py that make a run one of this loss or variant."""
+        return list(self.variants.get(name, ("--conf_loss", name)))
 
     @property
     def epochs(self) -> int:

@@ -83,6 +83,7 @@ def read_result(run: Run) -> Result:
     figures = {} if evaluation is None else test_figures(evaluation)
     if evaluation is not None:
         figures[STEP_TIME] = step_time(rows)
+        figures["minutes"] = sum(number(row["seconds"]) for row in rows) / 60
     return Result(
         run=run,
         finished=evaluation is not None,
@@ -105,6 +106,7 @@ def test_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {
         "AP50": number(evaluation.get("AP50")),
         "AP": number(evaluation.get("AP")),
+        "AP75": number(evaluation.get("AP75")),
         "best F1": number(evaluation.get("f1")),
         "at score": number(evaluation.get("conf_threshold")),
         "F1 as stored": number(fixed.get("f1")),

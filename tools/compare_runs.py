@@ -224,8 +224,8 @@ def train_command(run: Run, plan: Plan) -> list[str]:
     if run.folder.exists():
         shutil.rmtree(run.folder)
     return [
-        *(script, *as_arguments(plan.flags), *plan.flags_of(run.loss)),
-        *("--seed", str(run.seed), "--save_dir", str(run.folder)),
+        *(script, *plan.flags_of(run.loss), "--seed", str(run.seed)),
+        *("--save_dir", str(run.folder), *as_arguments(plan.flags)),
     ]
 
 

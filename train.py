@@ -113,7 +113,7 @@ class Config:
     seed: int = 0  # of weights, order and augmentation
     deterministic: bool = False  # the same numbers every time, slower on a GPU
     log_period: int = 10  # steps between looks at the cells; the first of an epoch has one too
-    eval_period: int = 5  # epochs between average precisions
+    eval_period: int = 5  # compute validation loss and mAP every N epochs
     save_period: int = 1  # epochs between last.pt, which is also written every five minutes
     save_dir: str = ""  # the run's folder, empty or new; "" makes logs/<time>
     resume: str = ""  # go on with this run: its folder or last.pt

@@ -70,27 +70,6 @@ def evaluate(
     )
 
 
-@torch.no_grad()
-def validation_loss(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    *,
-    loss: nn.Module,
-    device: torch.device,
-    **options: Any,
-) -> dict[str, float]:
-    """The mean loss terms over the pictures, as `evaluate` gives them, without detections.
-
-    options: as `forward_batches`.
-    """
-    means = LossMeans(device)
-    with evaluating(model, loss):
-        batches = forward_batches(model, _share(samples), device=device, **options)
-        for batch, outputs, targets in batches:
-            means.add(loss(outputs, targets), len(batch))
-    return means.result()
-
-
 def forward_batches(
     model: nn.Module,
     samples: Sequence[Sample],

@@ -204,10 +204,9 @@ def describe(row: Mapping[str, Any]) -> str:
     """One printed line for an epoch."""
     terms = " ".join(f"{name} {row[name]:.4f}" for name in ("loc", "conf", "cls"))
     line = f"epoch {row['epoch']:3d}  loss {row['loss']:.4f} ({terms})"
-    line += f"  val {row['val_loss']:.4f}  lr {row['lr']:.2e}"
-    line += f"  {row['pictures_per_second']:.1f} pictures/s"
+    line += f"  lr {row['lr']:.2e}  {row['pictures_per_second']:.1f} pictures/s"
     if "val_ap50" in row:
-        line += f"  AP50 {row['val_ap50']:.4f}  AP {row['val_ap']:.4f}"
+        line += f"  val {row['val_loss']:.4f}  AP50 {row['val_ap50']:.4f}  AP {row['val_ap']:.4f}"
         line += f" (score >= {EVAL_CONF_THRESHOLD}, NMS IoU {EVAL_NMS_IOU})"
         line += f"  best F1 {row['f1']:.3f} at {row['conf_threshold']:.3f}"
     return line

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from engine.checkpoint import cpu_copy, save_checkpoint
 from engine.console import progress_bar, progress_text
 from engine.distributed import broadcast_buffers, is_main, rank, world_size
-from engine.evaluator import Evaluation, evaluate, validation_loss
+from engine.evaluator import Evaluation, evaluate
 from engine.figures import EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
 from engine.loader import TrainingLoader
@@ -220,15 +220,12 @@ class Trainer:
         last = self.epoch == self.recipe.epochs
         self.figures.join_ranks()
         broadcast_buffers(self._weights())  # each rank has seen other pictures
-        evaluation, losses = None, {}
+        evaluation = None
         if self.epoch % self.recipe.eval_period == 0 or last:
             boxes = {name: self.facts[name] for name in ("class_names", "anchors", "scale_xy")}
             evaluation = evaluate(self._weights(), **self._evaluation_arguments(), **boxes)
-            losses = evaluation.losses
-        else:
-            losses = validation_loss(self._weights(), **self._evaluation_arguments())
         if self.log is not None:
-            self._say(self.log.epoch(self._row(evaluation, losses)))
+            self._say(self.log.epoch(self._row(evaluation)))
         if evaluation is not None:
             self._keep_best(evaluation)
         self.figures = EpochFigures(self.guard)
@@ -276,17 +273,18 @@ class Trainer:
             "progress": is_main(),
         }
 
-    def _row(self, evaluation: Evaluation | None, losses: Mapping[str, float]) -> dict[str, Any]:
+    def _row(self, evaluation: Evaluation | None) -> dict[str, Any]:
         """A line of metrics.csv."""
         row = {"epoch": self.epoch, "step": self.global_step, **self.figures.row()}
-        row |= {f"val_{name}": losses[name] for name in ("loc", "conf", "cls")}
         row |= {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "val_loss": losses["total"],
             "skipped_steps": self.guard.skipped,
             "memory_gb": memory_gb(self.device),
         }
-        return row if evaluation is None else row | evaluation.row()
+        if evaluation is None:
+            return row
+        losses = {f"val_{name}": evaluation.losses[name] for name in ("loc", "conf", "cls")}
+        return row | losses | {"val_loss": evaluation.losses["total"]} | evaluation.row()
 
     def _checkpoint(self) -> dict[str, Any]:
         return {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.evaluator import evaluate, evaluating, forward_batches, validation_loss
+from engine.evaluator import evaluate, evaluating, forward_batches
 from engine.scoring import format_table
 from losses.yolo_loss import YOLOLoss
 from tests.factory import add_picture, write_split
@@ -227,22 +227,6 @@ def test_without_a_loss_there_are_no_losses_and_no_cells(samples):
     evaluation = evaluate(perfect_model(samples), samples, **SETTINGS)
     assert evaluation.losses == {}
     assert evaluation.cells is None
-
-
-def test_the_light_pass_gives_the_same_losses(samples):
-    model, loss = perfect_model(samples), make_loss()
-    with_boxes = evaluate(model, samples, loss=loss, batch_size=2, **SETTINGS).losses
-    alone = validation_loss(
-        model,
-        samples,
-        loss=loss,
-        input_shape=INPUT_SHAPE,
-        device=SETTINGS["device"],
-        batch_size=2,
-        progress=False,
-    )
-    assert alone == with_boxes
-    assert all(math.isfinite(value) for value in alone.values())
 
 
 def test_modes_and_statistics_are_as_before_afterwards(samples):

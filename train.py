@@ -70,13 +70,13 @@ class Config:
     cls_loss: str = "bce"  # class term: bce, focal(gamma=1) or another that looks at one cell
     box_loss: str = "ciou"  # iou, giou, diou, ciou, siou or eiou
     label_smoothing: float = 0.0  # class targets y (1 - e) + e / 2
-    assigner: str = "best_anchor"  # best_anchor, or iou_threshold for more positives a box
+    assigner: str = "neighbours"  # best_anchor, iou_threshold, neighbours or aligned
     anchor_threshold: float = 0.213  # iou_threshold: anchors whose shape overlaps more are positive
     ignore_threshold: float = 0.5  # cells whose box overlaps an object more are no negatives
     balance: tuple[float, float, float] = (4.0, 1.0, 0.4)  # confidence at strides 8, 16, 32
-    loc_gain: float = 0.05  # weight of the location loss
-    cls_gain: float = 1.0  # weight of the classification loss
-    iou_target: float = 0.0  # objectness target of positives: 0 is 1, 1 is the IoU of their box
+    loc_gain: float = 1.0  # weight of the location loss
+    cls_gain: float = 12.0  # weight of the classification loss
+    iou_target: float = 1.0  # objectness target of a positive: 0: 1; 1: the IoU of its box
 
     # Optimisation
     epochs: int = 0  # total epochs, including --freeze_epochs; 0: from the number of images
@@ -85,7 +85,7 @@ class Config:
     accumulate: int = 1  # batches an update
     freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
     freeze_batch_size: int = 16  # pictures a GPU in these epochs
-    optimizer: str = "sgd"  # sgd, adam or adamw
+    optimizer: str = "adamw"  # sgd, adam or adamw
     lr: float | None = None  # for 64 pictures an update; scaled, clamped. None: by optimizer
     momentum: float = 0.937  # of SGD; beta1 of Adam
     weight_decay: float | None = None  # of convolutions; None: SGD 5e-4, Adam 0, AdamW .05
@@ -97,14 +97,14 @@ class Config:
     amp: str = "auto"  # auto: bf16, or fp16 where the GPU lacks it, off on CPU; or bf16, fp16, off
 
     # Augmentation
-    mosaic_prob: float = 0.5  # share of samples made of four pictures
-    mixup_prob: float = 0.5  # share of the mosaics blended with one more picture
-    strong_share: float = 0.7  # mosaic and mixup end after this share of the epochs
-    scale: tuple[float, float] = (0.25, 2.0)  # size of a single picture against the input
-    mosaic_scale: tuple[float, float] = (0.4, 1.0)  # size of the pictures of a mosaic
-    jitter: float = 0.3  # change of aspect
+    mosaic_prob: float = 0.5  # probability that a sample is a mosaic of four images
+    mixup_prob: float = 0.0  # probability of mixup per mosaic
+    strong_share: float = 0.8  # disable mosaic and mixup after this fraction of the epochs
+    scale: tuple[float, float] = (0.5, 1.5)  # size of a single image relative to the input
+    mosaic_scale: tuple[float, float] = (0.6, 1.5)  # size of the images of a mosaic
+    jitter: float = 0.1  # change of aspect ratio
     flip_prob: float = 0.5  # share of mirrored pictures
-    hsv: tuple[float, float, float] = (0.1, 0.7, 0.4)  # change of hue, saturation, value
+    hsv: tuple[float, float, float] = (0.015, 0.7, 0.4)  # change of hue, saturation, value
     multi_scale: float = 0.0  # the input's size changes by up to this share every ten steps; 0: no
 
     # Run
@@ -304,6 +304,7 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
             freeze_epochs=config.freeze_epochs,
             freeze_batch_size=config.freeze_batch_size,
         ),
+        width=config.width,
         optimizer=config.optimizer,
         lr=config.lr,
         momentum=config.momentum,

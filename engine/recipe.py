@@ -24,11 +24,12 @@ class Phase:
 class Recipe:
     """How the weights are learnt.
 
-    lr None means the optimizer's own; ema_decay 0 means no EMA; multi_scale None: one input size;
-    patience: epochs without a better validation AP50 that end the training, 0 for none.
+    width: the network's. lr None means the optimizer's own at this width; ema_decay 0 means no
+    EMA; multi_scale None: one input size; patience: epochs without a better validation AP50 that end the training, 0 for none.
     """
 
     phases: tuple[Phase, ...]
+    width: float = 1.0
     optimizer: str = "sgd"
     lr: float | None = None
     momentum: float = 0.937
@@ -105,7 +106,7 @@ class Recipe:
     def rates(self, phase: Phase) -> tuple[float, float]:
         """(initial, minimal) learning rate of a phase, for all pictures of one update."""
         pictures = phase.batch_size * self.accumulate * world_size()
-        return scaled_lr(self.optimizer, self.lr, pictures)
+        return scaled_lr(self.optimizer, self.lr, pictures, self.width)
 
 
 def epochs_for(images: int) -> int:

@@ -44,6 +44,14 @@ def test_learning_rate_scales_with_the_batch_and_is_clamped_as_in_the_fork(name,
     assert scaled_lr(name, None, batch) == pytest.approx(expected)
 
 
+def test_adamw_starts_narrow_networks_from_more_and_ends_at_a_rate_of_its_own():
+    assert scaled_lr("adamw", None, 8)[0] == pytest.approx(2.5e-3)
+    assert scaled_lr("adamw", None, 8, width=0.25)[0] == pytest.approx(5e-3)
+    assert scaled_lr("adamw", None, 64)[0] == pytest.approx(5e-3)
+    assert scaled_lr("adamw", 0.1, 8, width=0.25)[0] == pytest.approx(1.25e-2)  # as given
+    assert scaled_lr("sgd", None, 64, width=0.25) == scaled_lr("sgd", None, 64)
+
+
 def test_a_given_learning_rate_is_scaled_like_the_default():
     assert scaled_lr("sgd", 0.02, 32) == pytest.approx((1e-2, 1e-4))
 

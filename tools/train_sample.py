@@ -18,7 +18,6 @@ ON_CPU = (
     "--width 0.25 --depth 0.34 --input_shape 192 192 --batch_size 8 --epochs 20 --num_workers 0 "
     "--cache"
 )
-COMMON = "--optimizer adamw --lr 0.04 --assigner iou_threshold --scale 0.5 1.5 --mixup_prob 0"
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     recipe = ON_GPU if torch.cuda.is_available() else ON_CPU
     run(
         f"train.py --train {SAMPLE}:train --val {SAMPLE}:val --classes_path {SAMPLE}/classes.txt "
-        f"{COMMON} {recipe} --save_dir {folder}"
+        f"{recipe} --save_dir {folder}"
     )
     run(f"evaluate.py --weights {folder}/best.pt --data {SAMPLE}:val --save_dir {folder}/val")
     pictures = some_pictures(folder)

@@ -1,7 +1,9 @@
 """Train YOLOv4 on VOC-format pictures: edit the constants of Config, or give them as flags."""
 
 import dataclasses
+import inspect
 import sys
+from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ class Config:
     amp: str = "auto"  # auto: bf16, or fp16 where the GPU lacks it, off on CPU; or bf16, fp16, off
 
     # Augmentation
+    repeat_threshold: float = 0.0  # oversample classes in a smaller share of the images; 0: never
     mosaic_prob: float = 0.5  # probability that a sample is a mosaic of four images
     mixup_prob: float = 0.0  # probability of mixup per mosaic
     strong_share: float = 0.8  # disable mosaic and mixup after this fraction of the epochs
@@ -245,11 +248,9 @@ def read_data(
     train_samples, val_samples = read_splits(
         {"train": config.train, "val": config.val},
         class_names,
-        skip_bad=config.skip_bad,
-        include_difficult=config.include_difficult,
         split_dir=folder,
-        classes_path=config.classes_path,
         progress=True,
+        **shared(config, ("skip_bad", "include_difficult", "classes_path")),
     )
     return train_samples, val_samples
 
@@ -258,26 +259,20 @@ def build_loss(
     config: Config, anchors: Any, num_classes: int, scale_xy: tuple[float, ...]
 ) -> YOLOLoss:
     """The loss that the constants describe."""
+    known = inspect.signature(YOLOLoss).parameters
     return YOLOLoss(
         anchors,
         num_classes,
         config.input_shape,
-        focal_loss=config.focal_loss,
-        focal_alpha=config.focal_alpha,
-        focal_gamma=config.focal_gamma,
-        conf_loss=config.conf_loss,
-        cls_loss=config.cls_loss,
-        box_loss=config.box_loss,
-        label_smoothing=config.label_smoothing,
-        assigner=config.assigner,
-        anchor_threshold=config.anchor_threshold,
-        ignore_threshold=config.ignore_threshold,
         scale_xy=scale_xy,
-        balance=config.balance,
-        loc_gain=config.loc_gain,
-        cls_gain=config.cls_gain,
-        iou_target=config.iou_target,
+        **shared(config, known, but=("input_shape", "scale_xy")),
     )
+
+
+def shared(config: Config, names: Iterable[str], *, but: Collection[str] = ()) -> dict[str, Any]:
+    """The constants of these names, some left out: what a part of the training calls them too."""
+    own = {field.name for field in dataclasses.fields(config)}
+    return {name: getattr(config, name) for name in names if name in own and name not in but}
 
 
 def conf_loss_spec(config: Config) -> str:
@@ -297,6 +292,7 @@ def recipe_values(config: Config) -> dict[str, Any]:
 def make_recipe(config: Config, device: torch.device) -> Recipe:
     """How the weights are learnt."""
     shape, share = config.input_shape, config.multi_scale
+    fields = [field.name for field in dataclasses.fields(Recipe)]
     return Recipe(
         phases=plan_phases(
             epochs=config.epochs,
@@ -304,49 +300,26 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
             freeze_epochs=config.freeze_epochs,
             freeze_batch_size=config.freeze_batch_size,
         ),
-        width=config.width,
-        optimizer=config.optimizer,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        schedule=config.schedule,
-        patience=config.patience,
-        accumulate=config.accumulate,
-        clip_norm=config.clip_norm,
         ema_decay=config.ema_decay if config.ema else 0.0,
         amp_dtype=amp_dtype(config.amp, device),
         multi_scale=MultiScale(shape, share, config.seed) if share else None,
-        strong_share=config.strong_share,
-        num_workers=config.num_workers,
-        log_period=config.log_period,
-        eval_period=config.eval_period,
-        save_period=config.save_period,
-        seed=config.seed,
+        **shared(config, fields, but=("epochs", "ema_decay", "multi_scale")),
     )
 
 
 def training_set(config: Config, samples: list[Sample]) -> VocDataset:
     """The augmented training pictures."""
     hue, saturation, value = config.hsv
+    colour = {"hue": hue, "saturation": saturation, "value": value}
+    strength = shared(config, ("scale", "mosaic_scale", "jitter", "flip_prob"))
+    options = ("mosaic_prob", "mixup_prob", "repeat_threshold")
+    options += ("cache", "cache_gb", "cache_dir", "seed")
     return VocDataset(
         samples,
         config.input_shape,
         train=True,
-        mosaic_prob=config.mosaic_prob,
-        mixup_prob=config.mixup_prob,
-        cache=config.cache,
-        cache_gb=config.cache_gb,
-        cache_dir=config.cache_dir,
-        seed=config.seed,
-        augmentation=Augmentation(
-            scale=config.scale,
-            mosaic_scale=config.mosaic_scale,
-            jitter=config.jitter,
-            flip_prob=config.flip_prob,
-            hue=hue,
-            saturation=saturation,
-            value=value,
-        ),
+        augmentation=Augmentation(**strength, **colour),
+        **shared(config, options),
     )
 
 

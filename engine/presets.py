@@ -28,6 +28,7 @@ FORK = {
     "weight_decay": None,
     "schedule": "cosine",
     "clip_norm": 0.0,
+    "repeat_threshold": 0.0,
     "mosaic_prob": 0.5,
     "mixup_prob": 0.5,
     "strong_share": 0.7,

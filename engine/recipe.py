@@ -25,7 +25,8 @@ class Recipe:
     """How the weights are learnt.
 
     width: the network's. lr None means the optimizer's own at this width; ema_decay 0 means no
-    EMA; multi_scale None: one input size; patience: epochs without a better validation AP50 that end the training, 0 for none.
+    EMA; multi_scale None: one input size; patience: epochs without a better validation AP50
+    that end the training, 0 for none.
     """
 
     phases: tuple[Phase, ...]

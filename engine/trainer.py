@@ -135,6 +135,7 @@ class Trainer:
             seed=self.recipe.seed,
             rank=rank(),
             world_size=world_size(),
+            repeats=self.train_set.repeats,
         )
         loader = TrainingLoader(
             self.train_set,
@@ -190,7 +191,8 @@ class Trainer:
         )
         self.epoch_step += 1
         self.global_step += 1
-        paths = [self.train_set.samples[index].image_path for index in indices]
+        samples = self.train_set.samples
+        paths = [samples[index % len(samples)].image_path for index in indices]
         self._tell(self.figures.push(figures, paths), step=self.global_step - 1)
 
     def _set_lr(self, progress: float, phase: Phase) -> None:
@@ -222,8 +224,17 @@ class Trainer:
         broadcast_buffers(self._weights())  # each rank has seen other pictures
         evaluation = None
         if self.epoch % self.recipe.eval_period == 0 or last:
-            boxes = {name: self.facts[name] for name in ("class_names", "anchors", "scale_xy")}
-            evaluation = evaluate(self._weights(), **self._evaluation_arguments(), **boxes)
+            known = ("class_names", "anchors", "scale_xy", "input_shape")
+            evaluation = evaluate(
+                self._weights(),
+                samples=self.val_samples,
+                loss=self.loss,
+                device=self.device,
+                batch_size=self.recipe.phases[-1].batch_size,
+                num_workers=self.recipe.num_workers,
+                progress=is_main(),
+                **{name: self.facts[name] for name in known},
+            )
         if self.log is not None:
             self._say(self.log.epoch(self._row(evaluation)))
         if evaluation is not None:
@@ -261,17 +272,6 @@ class Trainer:
     def _weights(self) -> nn.Module:
         """What a checkpoint carries as its model: the EMA where there is one."""
         return self.ema.module if self.ema is not None else self.model
-
-    def _evaluation_arguments(self) -> dict[str, Any]:
-        return {
-            "samples": self.val_samples,
-            "loss": self.loss,
-            "input_shape": self.facts["input_shape"],
-            "device": self.device,
-            "batch_size": self.recipe.phases[-1].batch_size,
-            "num_workers": self.recipe.num_workers,
-            "progress": is_main(),
-        }
 
     def _row(self, evaluation: Evaluation | None) -> dict[str, Any]:
         """A line of metrics.csv."""

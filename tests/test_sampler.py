@@ -1,5 +1,7 @@
+import dataclasses
 from itertools import chain
 
+import numpy as np
 import pytest
 
 from utils.errors import UserError
@@ -9,7 +11,9 @@ from utils.sampler import (
     EpochBlocks,
     epoch_order,
     random_generator,
+    repeat_factors,
 )
+from utils.voc import Sample
 
 
 def epoch_batches(length, batch_size, epoch=0, start_step=0, **kwargs):
@@ -120,3 +124,63 @@ def test_the_order_shares_no_random_numbers_with_a_picture():
     """SeedSequence pads with zeros: (seed, epoch) alone would be picture 0's key."""
     drawn = random_generator(4, 2, 0).permutation(100)
     assert epoch_order(100, seed=4, epoch=2).tolist() != drawn.tolist()
+
+
+def samples_of(*class_ids):
+    """Samples whose objects have these classes, one tuple per image."""
+    return [
+        Sample(
+            image_path="x",
+            image_id="x",
+            image_hw=(8, 8),
+            boxes_xyxy=np.zeros((len(ids), 4), np.float32),
+            class_ids=np.array(ids, np.int64),
+            difficult=np.zeros(len(ids), bool),
+        )
+        for ids in class_ids
+    ]
+
+
+def test_an_image_is_repeated_by_its_rarest_class():
+    samples = samples_of(*[(0,)] * 7, (0, 1), (), (1, 2))
+    factors = repeat_factors(samples, 0.5)  # classes 0, 1, 2 are in 8, 2 and 1 of 10 images
+    np.testing.assert_allclose(factors[:7], 1)
+    np.testing.assert_allclose(factors[7:], [(0.5 / 0.2) ** 0.5, 1, (0.5 / 0.1) ** 0.5])
+    assert repeat_factors(samples, 0) is None
+
+
+def test_difficult_objects_repeat_no_image():
+    (sample,) = samples_of((0,))
+    sample = dataclasses.replace(sample, difficult=np.array([True]))
+    np.testing.assert_allclose(repeat_factors([sample, sample], 1.0), [1, 1])
+
+
+def test_repeated_images_come_as_often_as_expected_and_each_time_as_another_place():
+    repeats = np.array([1.0] * 90 + [4.0] * 10)
+    counts = np.zeros(100)
+    for epoch in range(50):
+        order = epoch_order(100, seed=1, epoch=epoch, repeats=repeats)
+        assert len(set(order.tolist())) == 100
+        images = order % 100
+        times = np.bincount(images, minlength=100)
+        expected = repeats * 100 / repeats.sum()
+        assert (np.abs(times - expected) < 1).all()
+        for image in np.flatnonzero(times > 1):
+            assert sorted(order[images == image] // 100) == list(range(times[image]))
+        counts += times
+    np.testing.assert_allclose(counts / 50, repeats * 100 / repeats.sum(), atol=0.25)
+
+
+def test_equal_repeats_give_every_image_once():
+    order = epoch_order(37, seed=0, epoch=3, repeats=np.ones(37))
+    assert sorted(order.tolist()) == list(range(37))
+
+
+def test_mosaic_partners_of_repeated_images_are_images_of_their_block():
+    repeats = np.array([1.0] * 60 + [5.0] * 10)
+    blocks = EpochBlocks(70, seed=2, repeats=repeats)
+    order = epoch_order(70, seed=2, epoch=4, repeats=repeats)
+    for place, index in enumerate(order.tolist()):
+        near = blocks.around(index, epoch=4)
+        start = min(place // BLOCK * BLOCK, 70 - BLOCK)
+        assert near.tolist() == (order[start : start + BLOCK] % 70).tolist()

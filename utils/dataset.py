@@ -15,7 +15,7 @@ from utils.cache import GIB, PictureCache
 from utils.errors import UserError
 from utils.heap import keep_freed_memory
 from utils.letterbox import image_to_letterbox, letterbox
-from utils.sampler import EpochBlocks, random_generator
+from utils.sampler import EpochBlocks, random_generator, repeat_factors
 from utils.voc import Sample
 
 Item = tuple[Tensor, Tensor]
@@ -29,8 +29,9 @@ class VocDataset(Dataset[Item]):
     index) alone, so that worker count and resuming change nothing; the partners of a mosaic come
     from the picture's `EpochBlocks`. mixup_prob is the share of the mosaics that are mixed with one
     more picture. `cache` keeps decoded pictures in memory, up to `cache_gb` GiB, and those beyond
-    in a file in `cache_dir` where one is given; for training they are shrunk to fit the largest
-    `scale` times the input.
+    in a file in `cache_dir` where one is given. repeat_threshold: classes in a smaller share of the
+    images are oversampled (`repeat_factors`). For training cached images are shrunk to fit the
+    largest `scale` times the input.
 
     Raises UserError for a probability outside 0..1, a negative seed or a cache_dir that cannot be
     written.
@@ -48,11 +49,14 @@ class VocDataset(Dataset[Item]):
         cache_gb: float = 2.0,
         cache_dir: str = "",
         seed: int = 0,
+        repeat_threshold: float = 0.0,
         augmentation: Augmentation | None = None,
     ):
         for name, prob in (("mosaic_prob", mosaic_prob), ("mixup_prob", mixup_prob)):
             if not 0 <= prob <= 1:
                 raise UserError(f"{name} is {prob}; give a number from 0 to 1.")
+        if not 0 <= repeat_threshold <= 1:
+            raise UserError(f"repeat_threshold is {repeat_threshold}; give a number from 0 to 1.")
         random_generator(seed)  # says now, not in a worker, that a seed is negative
         self.samples, self.input_shape, self.train = samples, tuple(input_shape), train
         self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
@@ -68,7 +72,8 @@ class VocDataset(Dataset[Item]):
             reduced=train,
             folder=cache_dir if cache else "",
         )
-        self._blocks = EpochBlocks(len(samples), seed=seed)
+        self.repeats = repeat_factors(samples, repeat_threshold)
+        self._blocks = EpochBlocks(len(samples), seed=seed, repeats=self.repeats)
         # Shared memory: persistent workers hold copies of this object, but see this tensor.
         self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()
 
@@ -83,7 +88,8 @@ class VocDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        index = range(len(self))[index]  # counts negative ones from the end; IndexError beyond it
+        if self.repeats is None:
+            index = range(len(self))[index]  # negative ones from the end; IndexError beyond it
         return self._augmented(index) if self.train else self._letterboxed(index)
 
     def _letterboxed(self, index: int) -> Item:
@@ -112,6 +118,7 @@ class VocDataset(Dataset[Item]):
         return random_single(source, self.input_shape, augmentation=self.augmentation, rng=rng)
 
     def _source(self, index: int) -> "StoredPicture":
+        index %= len(self)  # of an image that is repeated in the epoch
         return StoredPicture(self.samples[index], self._pictures, index)
 
 

@@ -1,11 +1,14 @@
 """Which pictures make which batch and which mosaic, alike for any number of ranks and workers."""
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from utils.errors import UserError
+from utils.voc import Sample
 
 BLOCK = 32  # pictures whose mosaics share their partners
 
@@ -20,10 +23,39 @@ def random_generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def epoch_order(length: int, *, seed: int, epoch: int) -> np.ndarray:
-    """(length,) the pictures of an epoch, shuffled by (seed, epoch) alone."""
+def epoch_order(
+    length: int, *, seed: int, epoch: int, repeats: np.ndarray | None = None
+) -> np.ndarray:
+    """(length,) the images of an epoch, shuffled by (seed, epoch) alone.
+
+    repeats: (length,) how often each is drawn relative to the others; None: each once. A place
+    `i + k * length` is the k-th further time that image i comes in this epoch.
+    """
     # Four numbers, the last not 0: a picture's own (seed, epoch, index) is never the same key.
-    return random_generator(seed, epoch, 0, 1).permutation(length)
+    rng = random_generator(seed, epoch, 0, 1)
+    if repeats is None:
+        return rng.permutation(length)
+    # Systematic sampling: an image of expectation e comes floor(e) or ceil(e) times.
+    expected = np.cumsum(repeats * (length / repeats.sum()))
+    drawn = np.searchsorted(expected, np.arange(length) + rng.random(), side="right")
+    drawn = np.minimum(drawn, length - 1)
+    times = np.arange(length) - np.searchsorted(drawn, drawn)
+    return rng.permutation(drawn + times * length)
+
+
+def repeat_factors(samples: Sequence[Sample], threshold: float) -> np.ndarray | None:
+    """How often images with rare classes are repeated (Gupta et al. 2019, LVIS).
+
+    A class that is in a share f < threshold of the images has the factor sqrt(threshold / f), an
+    image the largest of its classes, at least 1. threshold 0: None, no image is repeated.
+    """
+    if not threshold:
+        return None
+    present = [np.unique(sample.class_ids[~sample.difficult]) for sample in samples]
+    counts = Counter(np.concatenate(present).tolist()) if present else Counter()
+    wanted = threshold * len(samples)
+    factors = {name: max(1.0, math.sqrt(wanted / count)) for name, count in counts.items()}
+    return np.array([max([1.0, *(factors[name] for name in own.tolist())]) for own in present])
 
 
 class EpochBlocks:
@@ -34,16 +66,18 @@ class EpochBlocks:
     (seed, epoch) alone, so that batch size, workers and ranks change nothing.
     """
 
-    def __init__(self, length: int, *, seed: int):
-        self.length, self.seed = length, seed
+    def __init__(self, length: int, *, seed: int, repeats: np.ndarray | None = None):
+        self.length, self.seed, self.repeats = length, seed, repeats
         self._epoch = -1
         self._order = self._places = np.empty(0, np.int64)
 
     def around(self, index: int, *, epoch: int) -> np.ndarray:
-        """(min(BLOCK, length),) indices."""
+        """(min(BLOCK, length),) indices of images; `index` as `epoch_order` gives it."""
         if epoch != self._epoch:
-            self._order = epoch_order(self.length, seed=self.seed, epoch=epoch)
-            self._places = np.argsort(self._order)
+            order = epoch_order(self.length, seed=self.seed, epoch=epoch, repeats=self.repeats)
+            self._places = np.zeros(order.max() + 1, np.int64)
+            self._places[order] = np.arange(self.length)
+            self._order = order % self.length
             self._epoch = epoch
         start = self._places[index] // BLOCK * BLOCK
         start = max(0, min(start, self.length - BLOCK))  # the last one is whole, too
@@ -56,13 +90,20 @@ class EpochBatchSampler(Sampler[list[int]]):
     All ranks together take the batches that one rank at batch_size * world_size would. The last
     one is filled from the start of the order, so that every step has the full size; a data set
     smaller than that gives one step of what there is, repeated only until the ranks have equally
-    many. batch_size counts the pictures of one rank.
+    many. batch_size counts the pictures of one rank. repeats: as `epoch_order` takes them.
 
     Raises UserError for no pictures or a batch size below 1, ValueError for an impossible rank.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: np.ndarray | None = None,
     ):
         if length < 1:
             raise UserError("There is no picture to train on: the training split is empty.")
@@ -72,7 +113,7 @@ class EpochBatchSampler(Sampler[list[int]]):
             raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
         self.length = length
         self.batch_size = min(batch_size, -(-length // world_size))
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
         self.epoch = self.start_step = 0
 
     def set_epoch(self, epoch: int, start_step: int = 0) -> None:
@@ -84,6 +125,6 @@ class EpochBatchSampler(Sampler[list[int]]):
         return -(-self.length // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(self.length, seed=self.seed, epoch=self.epoch)
+        order = epoch_order(self.length, seed=self.seed, epoch=self.epoch, repeats=self.repeats)
         filled = np.resize(order, (len(self), self.world_size, self.batch_size))
         yield from filled[self.start_step :, self.rank].tolist()

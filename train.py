@@ -312,15 +312,12 @@ def training_set(config: Config, samples: list[Sample]) -> VocDataset:
     hue, saturation, value = config.hsv
     colour = {"hue": hue, "saturation": saturation, "value": value}
     strength = shared(config, ("scale", "mosaic_scale", "jitter", "flip_prob"))
-    options = ("mosaic_prob", "mixup_prob", "repeat_threshold")
-    options += ("cache", "cache_gb", "cache_dir", "seed")
-    return VocDataset(
-        samples,
-        config.input_shape,
-        train=True,
-        augmentation=Augmentation(**strength, **colour),
-        **shared(config, options),
+    options = shared(
+        config,
+        ("mosaic_prob", "mixup_prob", "repeat_threshold", "cache", "cache_gb", "cache_dir", "seed"),
     )
+    augmentation = Augmentation(**strength, **colour)
+    return VocDataset(samples, config.input_shape, train=True, augmentation=augmentation, **options)
 
 
 def checkpoint_facts(

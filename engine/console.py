@@ -35,11 +35,17 @@ def describe(
         f"network: {network}",
         f"decode: scale_xy {' '.join(map(str, facts['scale_xy']))} at strides 8, 16, 32",
         f"device: {world_size()} x {name}, {precision}",
-        f"confidence loss: {facts['conf_loss']} ({loss.conf_settings})",
+        f"confidence loss: {facts['conf_loss']} ({loss.conf_settings}, target of a positive: "
+        f"{objectness_target(loss.iou_target)})",
         f"{recipe}",
         f"run folder: {folder}",
     ]
     return "\n".join(lines)
+
+
+def objectness_target(ratio: float) -> str:
+    """What a positive's objectness is to become, for YOLOLoss's iou_target."""
+    return {0.0: "1", 1.0: "the IoU of its box"}.get(ratio, f"{1 - ratio:g} + {ratio:g} IoU")
 
 
 def progress_bar(epoch: int, epochs: int, *, done: int, steps: int) -> tqdm:

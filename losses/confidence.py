@@ -46,10 +46,7 @@ class ConfSettings(NamedTuple):
 
     def __str__(self) -> str:
         prior = "the network's prior" if self.prior_pi is None else f"prior {self.prior_pi}"
-        target = "IoU" if self.wants_iou else "1"
-        return (
-            f"gain {self.gain:g}, normalizer {self.normalizer}, {prior}, positives' target {target}"
-        )
+        return f"gain {self.gain:g}, normalizer {self.normalizer}, {prior}"
 
 
 def conf_loss(name: str) -> Callable[[type[nn.Module]], type[nn.Module]]:

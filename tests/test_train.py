@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import inspect
 import json
 import math
 import shutil
@@ -11,6 +12,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from engine.recipe import Recipe
+from losses.yolo_loss import YOLOLoss
 from tests.training import (
     ROOT,
     STATEFUL,
@@ -220,13 +223,16 @@ def test_a_folder_with_something_in_it_is_left_alone(tiny_voc, tmp_path):
 
 
 def test_every_knob_is_read():
+    """By its name, by a list that `shared` is given, or by the part that has it as an argument."""
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
-    read = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-        if node.value.id == "config"
-    }
+    read = set(inspect.signature(YOLOLoss).parameters)
+    read |= {field.name for field in dataclasses.fields(Recipe)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            read |= {node.attr} if node.value.id == "config" else set()
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "shared":
+            listed = node.args[1]
+            read |= set(ast.literal_eval(listed)) if isinstance(listed, ast.Tuple) else set()
     assert {field.name for field in dataclasses.fields(Config)} <= read
 
 

@@ -189,27 +189,29 @@ def _locate(
 
     A centre on the right or bottom border belongs to the last cell.
     """
-    down, right = torch.tensor(around, device=targets.device).unbind(-1)
     cx, cy, w, h = targets[:, 2:].unbind(-1)
     found = []
     for (height, width), scale in zip(grids, scale_xy, strict=True):
-        row, beside_row = _nearest(cy * height, down, cells=height, scale=scale)
-        column, beside_column = _nearest(cx * width, right, cells=width, scale=scale)
+        row, near_row = _nearest(cy * height, [down for down, _ in around], height, scale)
+        column, near_column = _nearest(cx * width, [right for _, right in around], width, scale)
         boxes = torch.stack((cx * width, cy * height, w * width, h * height), dim=-1)
-        found.append((row, column, beside_row & beside_column, boxes))
+        found.append((row, column, near_row & near_column, boxes))
     rows, columns, usable, boxes_grid = map(torch.stack, zip(*found, strict=True))
     return rows, columns, usable, boxes_grid
 
 
-def _nearest(centre: Tensor, steps: Tensor, *, cells: int, scale: float) -> tuple[Tensor, Tensor]:
-    """One axis: (N, cells) the cell of each centre, or the nearest beside it where a step is 1, and
-    whether that is inside the picture and a prediction there can reach the centre."""
-    centre = centre[:, None]
+def _nearest(
+    centre: Tensor, steps: Sequence[int], cells: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One axis: (N, steps) the cell of each centre for a step of 0, the nearest beside it for 1;
+    and whether that is inside the picture and a prediction there can reach the centre."""
     own = centre.long().clamp(0, cells - 1)
-    place = own + steps * torch.where(centre - own < 0.5, -1, 1)
-    reaches = (centre - place - 0.5).abs() <= scale / 2
-    usable = (place >= 0) & (place < cells) & (reaches | (steps == 0))
-    return place.clamp(0, cells - 1), usable
+    beside = own + torch.where(centre - own < 0.5, -1, 1)
+    inside = (beside >= 0) & (beside < cells)
+    reaches = inside & ((centre - beside - 0.5).abs() <= scale / 2)
+    beside, always = beside.clamp(0, cells - 1), torch.ones_like(inside)
+    place = torch.stack([beside if step else own for step in steps], dim=-1)
+    return place, torch.stack([reaches if step else always for step in steps], dim=-1)
 
 
 def _number_cells(

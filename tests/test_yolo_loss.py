@@ -5,12 +5,13 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from losses.assign import ASSIGNERS
 from losses.box_loss import BOX_LOSSES
 from losses.yolo_loss import YOLOLoss
 from tests.reference_loss import ANCHORS, reference_loss
 
 SHAPE = (64, 96)
-BOTH = pytest.mark.parametrize("assigner", ["best_anchor", "iou_threshold"])
+ALL = pytest.mark.parametrize("assigner", sorted(ASSIGNERS))
 
 
 def make_outputs(num_classes=3, shape=SHAPE, batch=2, dtype=torch.float32, scale=1.5):
@@ -117,7 +118,7 @@ def test_channels_last_maps_and_shuffled_truths_change_nothing():
         torch.testing.assert_close(mine, other)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("focal_loss", [False, True])
 @pytest.mark.parametrize("size", [-1e4, 0.0, 1e4])
@@ -143,7 +144,7 @@ def test_boxes_equal_to_the_truth_give_a_finite_gradient(box_loss):
     assert all(gradient.isfinite().all() for gradient in gradients(terms, outputs))
 
 
-@BOTH
+@ALL
 def test_no_targets_give_a_finite_differentiable_loss(assigner):
     outputs = make_outputs()
     terms = make_loss(assigner=assigner)(outputs, torch.zeros(0, 6))
@@ -173,7 +174,7 @@ def test_total_is_the_sum_and_stays_float32_under_autocast():
     assert all(value.dtype == torch.float32 for value in terms.values())
 
 
-@BOTH
+@ALL
 def test_the_same_batch_gives_the_same_bits(assigner):
     loss, targets = make_loss(assigner=assigner), make_targets(100)
     runs = []
@@ -183,7 +184,7 @@ def test_the_same_batch_gives_the_same_bits(assigner):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     "conf_loss",
     ["focal", "focal(alpha='auto')", "tests.test_yolo_loss_knobs:Recorder(wants_mask=True)"],
@@ -227,7 +228,7 @@ def test_two_processes_mean_is_the_loss_of_the_joint_batch(tmp_path):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@BOTH
+@ALL
 def test_on_a_gpu_nothing_waits_for_the_device_and_the_numbers_are_the_same(assigner):
     loss, targets = make_loss(assigner=assigner, focal_loss=True), make_targets(60, ignore=5)
     expected = loss(make_outputs(), targets)

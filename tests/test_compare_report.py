@@ -124,6 +124,7 @@ def test_results_hold_what_the_runs_left_and_only_that(lab):
             "stored score": 0.25,
             "AP50 red": 0.5,
             STEP_TIME: 600,
+            "minutes": 18 / 60,
         }
     )
     assert [row["epoch"] for row in results[0].rows] == ["1", "2", "3"]

@@ -18,7 +18,16 @@ from tools.compare_results import (
     spread_text,
 )
 
-MAIN = ("AP50", "AP", "AP75", "best F1", "at score", "ECE", STEP_TIME)  # of the first table
+MAIN = (
+    "AP50",
+    "AP",
+    "AP75",
+    "best F1",
+    "at score",
+    "ECE",
+    STEP_TIME,
+    "minutes",
+)  # of the first table
 OVERALL, REST = "overall", "at the checkpoint's own threshold, and by class"
 
 

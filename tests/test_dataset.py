@@ -234,3 +234,31 @@ def test_a_batch_without_objects_has_targets_of_shape_0_6(samples):
 def test_a_value_out_of_range_is_named_at_once(samples, knobs):
     with pytest.raises(UserError, match=next(iter(knobs))):
         VocDataset(samples, (32, 32), train=True, **knobs)
+
+
+@pytest.mark.parametrize("mosaic_prob", [0, 1])
+def test_a_repeated_image_is_the_same_image_augmented_anew(samples, mosaic_prob):
+    dataset = VocDataset(
+        samples, (64, 96), train=True, mosaic_prob=mosaic_prob, repeat_threshold=1, seed=3
+    )
+    sampler = EpochBatchSampler(len(samples), 2, seed=3, repeats=dataset.repeats)
+    places = [place for epoch in range(8) for place in epoch_places(sampler, epoch)]
+    again = [(epoch, place) for epoch, place in places if place >= len(samples)]
+    assert again  # some image came twice in an epoch
+    for epoch, place in again:
+        dataset.set_epoch(epoch)
+        first, second = dataset[place % len(samples)], dataset[place]
+        assert not torch.equal(first[0], second[0])
+        if not mosaic_prob:  # its own objects alone, of which some may be out of view
+            own = {-1, *samples[place % len(samples)].class_ids.tolist()}
+            assert {*second[1][:, 0].tolist()} <= own
+
+
+def epoch_places(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return [(epoch, place) for batch in sampler for place in batch]
+
+
+def test_an_impossible_repeat_threshold_is_refused(samples):
+    with pytest.raises(UserError, match=r"repeat_threshold is 1\.5"):
+        VocDataset(samples, (64, 64), train=True, repeat_threshold=1.5)

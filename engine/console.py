@@ -1,7 +1,7 @@
 """What a training says on the terminal: before its first step, during them, after its last."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from tqdm import tqdm
 from engine.distributed import is_main, world_size
 from engine.figures import TERMS, EpochFigures, memory_gb
 from engine.recipe import Recipe
+
+NOTHING_LEARNT = 0.01  # AP50
 
 
 def describe(
@@ -73,6 +75,26 @@ def progress_text(
         text += " {}x{}".format(*input_size)
     text += f" {figures.pictures_per_second() * world_size():.1f} pictures/s"
     return f"{text} {memory_gb(device):.1f} GB"
+
+
+def slow_start(rows: Sequence[Mapping[str, str]], *, epochs: int, best_ap50: float) -> str:
+    """What to print when a quarter of the training has taught it nothing; "" else.
+
+    Args:
+        rows: The lines of metrics.csv so far.
+        epochs: Total epochs.
+        best_ap50: The best validation AP50 so far.
+    """
+    done = len(rows)
+    if done < max(5, epochs / 4) or not best_ap50 < NOTHING_LEARNT:
+        return ""
+    first, last, steps = float(rows[0]["loss"]), float(rows[-1]["loss"]), rows[-1]["step"]
+    return (
+        f"note: AP50 is still below {NOTHING_LEARNT:g} after {done} epochs ({steps} steps); the "
+        f"loss went from {first:.3g} to {last:.3g}. From scratch a detector needs thousands of "
+        "steps: give more --epochs, or start from --weights. If the loss has not moved, look at "
+        "train_batch.jpg (are the boxes on their objects?) and at --lr."
+    )
 
 
 def how_to_go_on(folder: Path, conf_loss: str) -> str:

@@ -86,7 +86,9 @@ class Evaluation:
     def row(self) -> dict[str, float]:
         """Its figures under their names in metrics.csv."""
         named = {f"val_{name.lower()}": getattr(self, name) for name in ("AP50", "AP", "AP75")}
-        return named | {name: getattr(self, name) for name in JUDGED}
+        keys = {"total": "val_loss", **{name: f"val_{name}" for name in ("loc", "conf", "cls")}}
+        losses = {keys[name]: value for name, value in self.losses.items() if name in keys}
+        return losses | named | {name: getattr(self, name) for name in JUDGED}
 
     def to_json(self) -> dict[str, Any]:
         """Plain types for evaluation.json, without curves and boxes; nan becomes None."""

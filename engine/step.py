@@ -1,7 +1,9 @@
 """One optimisation step. Nothing in it waits for the device."""
 
 import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.checkpoint import cpu_copy
 from engine.distributed import world_size
 from engine.figures import HostFigures
 from engine.guard import BatchNormRollback, StateRollback
@@ -96,6 +99,27 @@ class TrainStep:
         self.loss.load_state_dict(loss_state)
         for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(saved)
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs of model, loss, optimizer, EMA and scaler, on the CPU."""
+        return {
+            "raw_model": cpu_copy(self.model.state_dict()),
+            "ema": {"updates": self.ema.updates if self.ema is not None else 0},
+            "optimizer": cpu_copy(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "loss": cpu_copy(self.loss.state_dict()),
+        }
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's `state`, and its model as the EMA's."""
+        self.model.load_state_dict(checkpoint["raw_model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint["model"])
+            self.ema.updates = checkpoint["ema"]["updates"]
+        self.optimizer.load_state_dict(cpu_copy(checkpoint["optimizer"]))
+        if checkpoint["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.loss.load_state_dict(checkpoint["loss"])
 
     def _backward(
         self,

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.checkpoint import cpu_copy, save_checkpoint
-from engine.console import progress_bar, progress_text
+from engine.console import progress_bar, progress_text, slow_start
 from engine.distributed import broadcast_buffers, is_main, rank, world_size
 from engine.evaluator import Evaluation, evaluate
 from engine.figures import EpochFigures, memory_gb
@@ -74,7 +74,7 @@ class Trainer:
         self.steps = 0  # of the running epoch
         self.metrics: dict[str, Any] = {"best_AP50": -1.0, "best_epoch": 0}
         self.conf_threshold = 0.5  # until an evaluation has measured one
-        self.stop_requested = False
+        self.stop_requested = self.warned = False
         self.last_save = time.monotonic()
         if resume is not None:
             self._restore(resume)
@@ -239,6 +239,7 @@ class Trainer:
             self._say(self.log.epoch(self._row(evaluation)))
         if evaluation is not None:
             self._keep_best(evaluation)
+            self._warn_of_slow_start()
         self.figures = EpochFigures(self.guard)
         if self.epoch % self.recipe.save_period == 0 or last or self._stops:
             self._save_last()
@@ -250,12 +251,11 @@ class Trainer:
 
     def _keep_best(self, evaluation: Evaluation) -> None:
         self.conf_threshold = evaluation.conf_threshold
-        best = max(self.metrics["best_AP50"], -1.0)
-        improved = not evaluation.metrics()["AP50"] <= best  # NaN, without any ground truth, too
+        best, found = max(self.metrics["best_AP50"], -1.0), evaluation.metrics()
+        improved = not found["AP50"] <= best  # NaN, without any ground truth, counts as better
+        best = found["AP50"] if improved else best
         best_epoch = self.epoch if improved else self.metrics.get("best_epoch", self.epoch)
-        self.metrics = {**evaluation.metrics(), "best_AP50": best, "best_epoch": best_epoch}
-        if improved:
-            self.metrics["best_AP50"] = self.metrics["AP50"]
+        self.metrics = {**found, "best_AP50": best, "best_epoch": best_epoch}
         if self.log is None:
             return
         self.log.evaluation(evaluation, self.facts["conf_loss"], self.global_step)
@@ -269,6 +269,12 @@ class Trainer:
         if improved:
             save_checkpoint(self.log.folder / "best.pt", self._checkpoint())
 
+    def _warn_of_slow_start(self) -> None:
+        if self.log is not None and not self.warned:
+            best, epochs = self.metrics["best_AP50"], self.recipe.epochs
+            self.warned = bool(note := slow_start(self.log.rows, epochs=epochs, best_ap50=best))
+            self._say(note)
+
     def _weights(self) -> nn.Module:
         """What a checkpoint carries as its model: the EMA where there is one."""
         return self.ema.module if self.ema is not None else self.model
@@ -281,10 +287,7 @@ class Trainer:
             "skipped_steps": self.guard.skipped,
             "memory_gb": memory_gb(self.device),
         }
-        if evaluation is None:
-            return row
-        losses = {f"val_{name}": evaluation.losses[name] for name in ("loc", "conf", "cls")}
-        return row | losses | {"val_loss": evaluation.losses["total"]} | evaluation.row()
+        return row if evaluation is None else row | evaluation.row()
 
     def _checkpoint(self) -> dict[str, Any]:
         return {
@@ -300,10 +303,7 @@ class Trainer:
         if self.log is None:
             return
         state = {
-            "raw_model": cpu_copy(self.model.state_dict()),
-            "ema": {"updates": self.ema.updates if self.ema is not None else 0},
-            "optimizer": cpu_copy(self.optimizer.state_dict()),
-            "scaler": self.step.scaler.state_dict(),
+            **self.step.state(),
             "schedule": {
                 "epoch_step": self.epoch_step,
                 "steps": self.steps,
@@ -311,21 +311,13 @@ class Trainer:
                 "skipped_steps": self.guard.skipped,
                 "updates": self.guard.made,
             },
-            "loss": cpu_copy(self.loss.state_dict()),
             "random": random_states(),
             "step": self.global_step,
         }
         save_checkpoint(self.log.folder / "last.pt", self._checkpoint() | state)
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
-        self.model.load_state_dict(checkpoint["raw_model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(checkpoint["model"])
-            self.ema.updates = checkpoint["ema"]["updates"]
-        self.optimizer.load_state_dict(cpu_copy(checkpoint["optimizer"]))
-        if checkpoint["scaler"] and self.step.scaler.is_enabled():
-            self.step.scaler.load_state_dict(checkpoint["scaler"])
-        self.loss.load_state_dict(checkpoint["loss"])
+        self.step.restore(checkpoint)
         schedule = checkpoint["schedule"]
         self.epoch, self.global_step = checkpoint["epoch"], checkpoint["step"]
         self.epoch_step, self.steps = schedule["epoch_step"], schedule["steps"]

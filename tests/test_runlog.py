@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.console import slow_start
 from engine.figures import COUNTS, NO_GROUPS, TERMS
 from engine.runlog import COLUMNS, RunLog, new_run_folder, read_metrics
 from utils.errors import UserError
@@ -28,6 +29,17 @@ def test_a_run_folder_must_be_empty_and_is_made(tmp_path):
     with pytest.raises(UserError, match="cannot make"):
         new_run_folder(str(folder / "notes.txt" / "c"))
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_a_quarter_of_a_training_that_taught_nothing_is_reported_once_it_is_over():
+    rows = [{"loss": f"{3 - i / 100}", "step": str(13 * (i + 1))} for i in range(25)]
+    note = slow_start(rows, epochs=100, best_ap50=0.004)
+    assert "AP50 is still below 0.01 after 25 epochs (325 steps)" in note
+    assert "from 3 to 2.76" in note
+    assert slow_start(rows[:24], epochs=100, best_ap50=0.004) == ""
+    assert slow_start(rows, epochs=100, best_ap50=0.02) == ""
+    assert slow_start(rows[:4], epochs=4, best_ap50=0.0) == ""
+    assert slow_start(rows, epochs=100, best_ap50=float("nan")) == ""
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path, monkeypatch):

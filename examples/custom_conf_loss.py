@@ -11,7 +11,7 @@ from torch import Tensor, nn, where
 sys.path.insert(0, ".")  # a script's own folder is on Python's path, the project's is not
 from losses.confidence import conf_loss
 from losses.focal import upcast
-from tools.train_sample import COMMON, SAMPLE, run
+from tools.train_sample import SAMPLE, run
 
 
 @conf_loss("modified_huber")  # for a program that imports this file, a name as good as "bce"
@@ -36,4 +36,4 @@ if __name__ == "__main__":
     own = "--conf_loss 'examples.custom_conf_loss:ModifiedHuber(margin=4)'"
     data = f"--train {SAMPLE}:train --val {SAMPLE}:val --classes_path {SAMPLE}/classes.txt"
     small = "--width 0.125 --depth 0.1 --input_shape 160 160 --epochs 4 --num_workers 0 --cache"
-    run(f"train.py {own} {data} {COMMON} {small} {shlex.join(sys.argv[1:])}")
+    run(f"train.py {own} {data} {small} {shlex.join(sys.argv[1:])}")

@@ -250,7 +250,7 @@ def _class_bits(
     row_of_cell = torch.full((total + 1,), rows, device=wanted.device)
     owned = torch.where(chosen, candidates.cells, total)
     row_of_cell.scatter_(0, owned.flatten(), row)
-    row_of_cell[total] = rows
+    row_of_cell[total:].fill_(rows)  # an assignment would copy the number to a GPU
     place = row_of_cell[candidates.cells] * num_classes + class_ids[:, None]
     place = torch.where(wanted, place, rows * num_classes)
     bits = torch.zeros(rows * num_classes + 1, device=wanted.device)

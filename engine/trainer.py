@@ -106,7 +106,9 @@ class Trainer:
     def _no_longer_improves(self) -> bool:
         """Whether `patience` epochs have gone by without a better AP50."""
         patience = self.recipe.patience
-        return bool(patience) and self.epoch - self.metrics.get("best_epoch", 0) >= patience
+        return (
+            bool(patience) and self.epoch - self.metrics.get("best_epoch", self.epoch) >= patience
+        )
 
     @property
     def _stops(self) -> bool:

@@ -23,18 +23,26 @@ from engine.presets import FORK, describe_recipe, recipe_changes
 from engine.randomness import seed_everything
 from engine.recipe import Recipe, amp_dtype, epochs_for, plan_phases
 from engine.resume import (
-    check_same_data,
+    check_same_anchors,
+    check_same_classes,
     check_same_settings,
     folder_of_resumed,
     parse_config,
 )
 from engine.runlog import RunLog, new_run_folder, removed_if_unused
-from engine.start import build_network, choose_scale_xy, other_decode, read_splits, set_prior
+from engine.start import (
+    build_network,
+    choose_anchors,
+    choose_scale_xy,
+    other_decode,
+    read_splits,
+    set_prior,
+)
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from utils.augment import Augmentation
 from utils.dataset import VocDataset
-from utils.decode import read_anchors
+from utils.decode import YOLOV4_ANCHORS, read_anchors
 from utils.errors import UserError, run_script
 from utils.voc import Sample, read_class_names
 
@@ -48,7 +56,7 @@ class Config:
     train: str = "VOCdevkit/VOC2007:train"  # training split, ROOT:SPLIT, several joined by +
     val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt
     classes_path: str = "model_data/voc_classes.txt"  # class names, one a line
-    anchors_path: str = "model_data/yolo_anchors.txt"  # nine w,h in pixels of the input
+    anchors_path: str = ""  # nine w,h in pixels of the input; "": YOLOv4's, fitted to the objects
     skip_bad: bool = False  # go on without the pictures that cannot be used
     include_difficult: bool = False  # learn and count difficult objects like any other
     cache: bool = False  # keep decoded pictures in memory
@@ -144,8 +152,9 @@ def main() -> None:
 def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -> None:
     """Read the data, build model and loss, and train; then say what to do with the weights."""
     class_names = read_class_names(config.classes_path)
-    anchors = read_anchors(config.anchors_path)
-    check_same_data(class_names, config.classes_path, anchors, resume)
+    if config.anchors_path:
+        check_same_anchors(read_anchors(config.anchors_path), resume)
+    check_same_classes(class_names, config.classes_path, resume)
     make_recipe(config, device)  # finds a wrong constant before the data is read
     seed_everything(config.seed, deterministic=config.deterministic)
     model, report = build_network(
@@ -158,11 +167,8 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     )
     model.backbone.recompute = config.recompute
     scale_xy = choose_scale_xy(config.scale_xy, report, resume)
-    seed_everything(config.seed, deterministic=config.deterministic)  # a loss draws after any model
-    loss = build_loss(config, anchors, len(class_names), scale_xy).to(device)
-    check_same_settings(loss.conf_settings._asdict(), resume)
-    if resume is None:
-        set_prior(model, loss.prior_pi, report)
+    num_classes = len(class_names)
+    build_loss(config, YOLOV4_ANCHORS, num_classes, scale_xy)  # for the same reason
     model = model.to(device, memory_format=torch.channels_last)
     folder = broadcast_object(run_folder(config) if is_main() else None)
     with removed_if_unused(folder):
@@ -171,6 +177,14 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         )
         with first_of_machine_first():  # a file of --cache_dir is written once
             train_set = training_set(config, train_samples)
+    anchors = choose_anchors(
+        config.anchors_path, train_samples, config.input_shape, report=report, resume=resume
+    )
+    seed_everything(config.seed, deterministic=config.deterministic)  # a loss draws after any model
+    loss = build_loss(config, anchors, num_classes, scale_xy).to(device)
+    check_same_settings(loss.conf_settings._asdict(), resume)
+    if resume is None:
+        set_prior(model, loss.prior_pi, report)
     if not config.epochs:
         config = dataclasses.replace(config, epochs=epochs_for(len(train_samples)))
         if is_main():

@@ -8,6 +8,7 @@ from utils.errors import UserError
 # Every choice of the original fork (bubbliiiing/yolov4-pytorch, MIT) that this trainer has a
 # constant for. Its learning rate, 1e-2 for 64 images, and its decay are SGD's defaults here too.
 FORK = {
+    "anchors_path": "model_data/yolo_anchors.txt",
     "scale_xy": (1.0, 1.0, 1.0),
     "assigner": "best_anchor",
     "ignore_threshold": 0.5,

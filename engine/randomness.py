@@ -16,7 +16,8 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def random_states() -> dict[str, Any]:

@@ -93,20 +93,21 @@ def check_resumed(config: Config, stored: Config, changeable: Collection[str]) -
         )
 
 
-def check_same_data(
-    class_names: Sequence[str],
-    classes_path: str,
-    anchors: Sequence[Sequence[float]],
-    checkpoint: Mapping[str, Any] | None,
+def check_same_anchors(
+    anchors: Sequence[Sequence[float]], checkpoint: Mapping[str, Any] | None
 ) -> None:
-    """A run that goes on keeps its classes and anchors."""
-    if checkpoint is None:
-        return
-    if [list(anchor) for anchor in anchors] != checkpoint["anchors"]:
+    """A run that goes on keeps its anchors."""
+    if checkpoint and [list(anchor) for anchor in anchors] != checkpoint["anchors"]:
         raise UserError(
             "the anchors file has changed since this run began; bring the old one back."
         )
-    if list(class_names) != list(checkpoint["class_names"]):
+
+
+def check_same_classes(
+    class_names: Sequence[str], classes_path: str, checkpoint: Mapping[str, Any] | None
+) -> None:
+    """A run that goes on keeps its classes."""
+    if checkpoint and list(class_names) != list(checkpoint["class_names"]):
         raise UserError(
             f"{classes_path} holds {', '.join(class_names)}, but the resumed run learns "
             f"{', '.join(checkpoint['class_names'])}. Give its own file with --classes_path."

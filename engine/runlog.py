@@ -20,6 +20,7 @@ from engine.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
 from utils.errors import UserError
 from utils.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
 
+PLOT_SECONDS = 60  # between drawings of the curves, besides those after a validation
 COLUMNS = (
     *("epoch", "step", "lr", "loss", "loc", "conf", "cls"),
     *("val_loss", "val_ap50", "val_ap", "val_ap75", "val_loc", "val_conf", "val_cls"),
@@ -83,7 +84,7 @@ class RunLog:
         lock(self._lock)
         text = json.dumps(dict(config), indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-        self._alpha_told = False
+        self._alpha_told, self._drawn = False, -math.inf
         self.rows = read_metrics(folder / "metrics.csv", last_epoch)
         self._rewrite()
         self.tensorboard = SummaryWriter(str(folder), purge_step=None)
@@ -95,7 +96,7 @@ class RunLog:
             writer.writerows(self.rows)
 
     def epoch(self, row: Mapping[str, Any]) -> str:
-        """Append an epoch's row and redraw the curves. Returns the row as a line to print."""
+        """Append an epoch's row, at times redraw the curves. Returns the row as a line to print."""
         text = {key: _format(row.get(key)) for key in COLUMNS}
         self.rows.append(text)
         with open(self.folder / "metrics.csv", "a", newline="", encoding="utf-8") as file:
@@ -105,8 +106,10 @@ class RunLog:
             of_validation = key.startswith("val_") or key in JUDGED
             self._scalar(f"{'val' if of_validation else 'train'}/{key}", value, row["step"])
         self.tensorboard.flush()
-        plot_losses(self.folder / "loss.png", self.rows)
-        plot_map(self.folder / "map.png", self.rows)
+        if "val_ap50" in row or time.monotonic() - self._drawn > PLOT_SECONDS:
+            plot_losses(self.folder / "loss.png", self.rows)
+            plot_map(self.folder / "map.png", self.rows)
+            self._drawn = time.monotonic()
         return describe(row)
 
     def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> str:

@@ -1,18 +1,26 @@
 """What a training starts from: a network, the weights of a file, a decode, an objectness."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from engine.distributed import is_main
 from engine.foreign import check_scale_xy
 from nets.weights import LoadReport, load_weights
 from nets.yolo import YoloV4, initialise
+from utils.decode import YOLOV4_ANCHORS, read_anchors
 from utils.errors import UserError
 from utils.voc import Sample, read_class_names, scan_split
 
 # A cell beside that of an object's centre reaches the centre, too. Darknet has 1.2, 1.1, 1.05 at
 # strides 8, 16, 32, the original fork 1.
 SCRATCH_SCALE_XY = (2.0, 2.0, 2.0)
+# YOLOv4's anchors as they are suit a median object of 33 pixels, the size of the largest anchor at
+# stride 8. Above this share of it they stay: BCCD's 36 pixels do better with them than with smaller
+# ones. Below the lower share an object is smaller than a cell of stride 8 anyway.
+ANCHORS_AS_THEY_ARE, SMALLEST_ANCHORS = 0.8, 0.2
 
 
 def build_network(
@@ -78,6 +86,57 @@ def choose_scale_xy(
     scale_xy = tuple(given or source or SCRATCH_SCALE_XY)
     check_scale_xy(scale_xy)
     return scale_xy
+
+
+def choose_anchors(
+    path: str,
+    samples: Sequence[Sample],
+    input_shape: tuple[int, int],
+    *,
+    report: LoadReport | None,
+    resume: Mapping[str, Any] | None,
+) -> tuple[tuple[float, float], ...]:
+    """The nine anchors, (width, height) in pixels of the input, and a line printed if made here.
+
+    Args:
+        path: File of anchors; "" takes those of a resumed run or of loaded heads, else YOLOv4's,
+            scaled down to the median object of `samples` where that is small.
+        samples: The training images.
+        input_shape: (height, width) in pixels.
+        report: Of the weights that the training starts from, if any.
+        resume: Checkpoint of the resumed run, if any.
+
+    Raises:
+        UserError: If the file cannot be read.
+    """
+    if path:
+        return read_anchors(path)
+    loaded = report is not None and report.heads_loaded
+    known = resume["anchors"] if resume is not None else report.anchors if loaded else None
+    if known is not None or loaded:
+        return tuple(map(tuple, known or YOLOV4_ANCHORS))
+    size = median_size(samples, input_shape)
+    factor = max(size / math.sqrt(math.prod(YOLOV4_ANCHORS[2])), SMALLEST_ANCHORS)
+    if not factor < ANCHORS_AS_THEY_ARE:  # or NaN
+        return YOLOV4_ANCHORS
+    if is_main():
+        height, width = input_shape
+        print(
+            f"anchors: YOLOv4's x {factor:.2f}, since the median object measures {size:.1f} pixels "
+            f"at {height} x {width}; --anchors_path sets them"
+        )
+    return tuple((round(w * factor, 1), round(h * factor, 1)) for w, h in YOLOV4_ANCHORS)
+
+
+def median_size(samples: Sequence[Sample], input_shape: tuple[int, int]) -> float:
+    """sqrt(width * height) of the median object in pixels of the input; NaN without objects."""
+    sizes = [np.empty(0)]
+    for sample in samples:
+        boxes = sample.boxes_xyxy[~sample.difficult]
+        scale = min(have / need for have, need in zip(input_shape, sample.image_hw, strict=True))
+        sizes.append(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)) * scale)
+    sizes = np.concatenate(sizes)
+    return float(np.median(sizes)) if len(sizes) else math.nan
 
 
 def set_prior(model: YoloV4, prior_pi: float | None, report: LoadReport | None) -> None:

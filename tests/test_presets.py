@@ -78,7 +78,8 @@ def test_a_checkpoint_older_than_a_constant_goes_on_with_the_forks_value():
 
 
 def test_a_run_with_the_forks_recipe_trains_and_says_so(tiny_voc, tmp_path):
-    done = run_train(*flags(tiny_voc, tmp_path / "run", recipe="fork", epochs=1))
+    more = {"recipe": "fork", "epochs": 1, "anchors_path": FORK["anchors_path"]}
+    done = run_train(*flags(tiny_voc, tmp_path / "run", **more))
     assert done.returncode == 0, done.stderr
     assert "recipe: fork, changed: epochs 1\n" in done.stdout
     checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)

@@ -5,7 +5,8 @@ import pytest
 
 from engine.resume import (
     check_resumed,
-    check_same_data,
+    check_same_anchors,
+    check_same_classes,
     check_same_settings,
     default_for_resume,
     folder_of_resumed,
@@ -45,13 +46,19 @@ def test_only_what_does_not_change_the_learning_may_change():
 
 
 def test_other_classes_are_refused_with_both_lists():
-    stored = {"class_names": ["b", "a"], "anchors": [[1, 2]]}
-    check_same_data(("a", "b"), "c.txt", [(1, 2)], None)
-    check_same_data(("b", "a"), "c.txt", [(1, 2)], stored)
+    stored = {"class_names": ["b", "a"]}
+    check_same_classes(("a", "b"), "c.txt", None)
+    check_same_classes(("b", "a"), "c.txt", stored)
     with pytest.raises(UserError, match=r"c\.txt holds a, b.* learns b, a"):
-        check_same_data(("a", "b"), "c.txt", [(1, 2)], stored)
+        check_same_classes(("a", "b"), "c.txt", stored)
+
+
+def test_other_anchors_are_refused():
+    stored = {"anchors": [[1, 2]]}
+    check_same_anchors([(1, 3)], None)
+    check_same_anchors([(1, 2)], stored)
     with pytest.raises(UserError, match="anchors file has changed"):
-        check_same_data(("b", "a"), "c.txt", [(1, 3)], stored)
+        check_same_anchors([(1, 3)], stored)
 
 
 def test_metrics_and_best_move_along_to_another_folder(tmp_path):

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from engine.checkpoint import save_checkpoint
 from engine.start import (
     SCRATCH_SCALE_XY,
     build_network,
+    choose_anchors,
     choose_scale_xy,
     other_decode,
     set_prior,
@@ -15,7 +17,9 @@ from nets.darknet_format import layout_of_cut, save_darknet_weights, size_of
 from nets.weights import LoadReport
 from nets.yolo import OBJECTNESS, SCRATCH_PRIOR
 from tests.weight_files import ANCHORS, SMALL, same, small_model
+from utils.decode import YOLOV4_ANCHORS
 from utils.errors import UserError
+from utils.voc import Sample
 
 NAMES = ("cat", "dog")
 
@@ -47,6 +51,52 @@ def objectness(model):
     heads = (model.head_p3, model.head_p4, model.head_p5)
     biases = [head.output.bias.view(3, -1)[:, OBJECTNESS] for head in heads]
     return torch.cat(biases).sigmoid().tolist()
+
+
+def samples_of(*sides, image_hw=(200, 400)):
+    """An image with square objects of these sides, the last one difficult."""
+    boxes = np.array([[0, 0, side, side] for side in sides], np.float32).reshape(-1, 4)
+    difficult = np.arange(len(sides)) == len(sides) - 1
+    return [Sample("", "a", image_hw, np.zeros(len(sides), np.int64), boxes, difficult)]
+
+
+@pytest.mark.parametrize(
+    ("sides", "factor"),
+    [
+        ((36, 40, 48, 5), 20 / math.sqrt(40 * 28)),  # letterboxed to half the size
+        ((60, 60, 5), 1),  # 30 pixels are near enough
+        ((300, 300, 5), 1),
+        ((4, 4, 5), 0.2),
+        ((), 1),
+        ((5,), 1),  # a difficult object alone
+    ],
+)
+def test_anchors_shrink_with_the_median_object(sides, factor, capsys):
+    found = choose_anchors("", samples_of(*sides), (128, 200), report=None, resume=None)
+    if factor == 1:
+        assert found == YOLOV4_ANCHORS
+        assert capsys.readouterr().out == ""
+    else:
+        for anchor, stock in zip(found, YOLOV4_ANCHORS, strict=True):
+            assert anchor == pytest.approx([side * factor for side in stock], abs=0.051)
+        assert f"YOLOv4's x {factor:.2f}" in capsys.readouterr().out
+
+
+def test_anchors_of_a_file_of_a_resumed_run_and_of_loaded_heads_come_first(tmp_path):
+    own = [[1.0, 2.0]] * 9
+    (tmp_path / "own.txt").write_text("1,2 " * 9)
+    few, shape = samples_of(4, 4, 5), (128, 200)
+
+    def chosen(path="", **known):
+        return choose_anchors(str(path), few, shape, **{"report": None, "resume": None, **known})
+
+    expected = tuple(map(tuple, own))
+    assert chosen(tmp_path / "own.txt", resume={"anchors": YOLOV4_ANCHORS}) == expected
+    assert chosen(resume={"anchors": own}, report=report()) == expected
+    assert chosen(report=report(anchors=own)) == expected
+    assert chosen(report=report()) == YOLOV4_ANCHORS  # darknet's file does not say
+    backbone = report(heads_loaded=False, anchors=own)
+    assert chosen(report=backbone)[0] == (2.4, 3.2)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,14 @@ STRIDES = (8, 16, 32)
 MAX_LOG_SIZE = 10.0  # tw and th are clamped to +-10 before exp, in loss and decode alike
 
 
+# (width, height) in pixels; made for COCO at 416 x 416 (yolov4.cfg of AlexeyAB's darknet).
+YOLOV4_ANCHORS = (
+    *((12.0, 16.0), (19.0, 36.0), (40.0, 28.0)),
+    *((36.0, 75.0), (76.0, 55.0), (72.0, 146.0)),
+    *((142.0, 110.0), (192.0, 243.0), (459.0, 401.0)),
+)
+
+
 def read_anchors(path: str) -> tuple[tuple[float, float], ...]:
     """Read nine "w,h" pairs in input pixels, small to large.
 

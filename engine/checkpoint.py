@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from nets.cpu import speed_up_detection
 from nets.fold import fold_batch_norm
 from nets.weights_file import FORMAT_VERSION, from_checkpoint, read_torch_file
-from nets.winograd import use_winograd
 from nets.yolo import YoloV4
 from utils.errors import UserError
 from utils.files import replacing
@@ -49,8 +49,7 @@ def build_model(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> YoloV4:
-    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`, of `dtype`; on
-    a CPU in float32 with Winograd's convolutions where they gain.
+    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`, of `dtype`.
 
     Raises UserError if the weights do not fit the network, or the dtype's range.
     """
@@ -67,7 +66,8 @@ def build_model(
     model = model.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
     if dtype == torch.float16 and not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("The network's weights exceed the range of float16. Use amp bf16 or off.")
-    use_winograd(model)
+    if torch.device(device).type == "cpu":
+        speed_up_detection(model)
     return model
 
 

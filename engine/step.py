@@ -16,7 +16,7 @@ from engine.distributed import world_size
 from engine.figures import HostFigures
 from engine.guard import BatchNormRollback, StateRollback
 from engine.optimizer import Ema
-from utils.heap import keep_freed_memory, map_large_blocks
+from utils.heap import keep_freed_memory
 
 
 class TrainStep:
@@ -45,9 +45,8 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
         self.rollbacks = (BatchNormRollback(model), StateRollback(loss))
         self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.on_cpu = device.type == "cpu"
-        if self.on_cpu:
-            map_large_blocks()
+        if device.type == "cpu":
+            keep_freed_memory()
 
     def __call__(
         self,
@@ -67,8 +66,6 @@ class TrainStep:
         """
         for rollback in self.rollbacks:
             rollback.snapshot()
-        if self.on_cpu:
-            hold_gradients(self.model)
         with all_reduce_if(update, self.network):
             terms = self._backward(
                 images, targets, group_size=group_size, cells=cells, size_hw=size_hw
@@ -82,8 +79,6 @@ class TrainStep:
             norm = self._update()
             skipped = ~self.finite
             self.finite = torch.ones_like(self.finite)
-        if self.on_cpu:
-            keep_freed_memory()
         return HostFigures(dict(terms, grad_norm=norm, finite=finite, skipped=skipped))
 
     def rehearse(
@@ -147,7 +142,7 @@ class TrainStep:
         else:
             self.optimizer.found_inf = (~self.finite).float()
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=not self.on_cpu)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         return norm
@@ -188,20 +183,6 @@ def blank_batch(batch_size: int, input_shape: tuple[int, int]) -> tuple[Tensor, 
     """Black pictures, and one object to learn."""
     images = torch.zeros((batch_size, 3, *input_shape), dtype=torch.uint8)
     return images, torch.tensor([[0, 0, 0.5, 0.5, 0.2, 0.2]])
-
-
-def hold_gradients(model: nn.Module) -> None:
-    """Give every parameter that is trained, and no other, a gradient to be kept over all steps.
-
-    On a CPU; made anew in each step they would lie between the activations and leave gaps as those
-    go. Adding to them costs no more than fetching fresh pages. A parameter that the loss does not
-    reach has a gradient of 0 then, not none: it decays as on a GPU it would not.
-    """
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.grad = None  # of zeros, it would still decay the weights
-        elif parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
 
 
 def on_every_rank(flag: Tensor) -> Tensor:

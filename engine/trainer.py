@@ -23,6 +23,7 @@ from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
 from engine.step import TrainStep, blank_batch
 from engine.stop import stop_on_signal
+from nets.cpu import use_fast_mish
 from utils.dataset import VocDataset
 from utils.errors import UserError
 from utils.sampler import EpochBatchSampler
@@ -51,6 +52,8 @@ class Trainer:
         log: RunLog | None = None,
         resume: Mapping[str, Any] | None = None,
     ):
+        if device.type == "cpu":
+            use_fast_mish(model)
         self.model, self.loss, self.device = model, loss, device
         self.train_set, self.val_samples = train_set, val_samples
         self.recipe, self.facts, self.log = recipe, facts, log

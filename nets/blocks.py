@@ -4,24 +4,16 @@ import math
 
 from torch import Tensor, nn
 
-from nets.lean import is_lean, lean_unit
-from nets.mish import Mish
-from nets.recipe import LEAKY_SLOPE
-
+LEAKY_SLOPE = 0.1
 ACTIVATIONS = {
-    "mish": Mish,
+    "mish": nn.Mish,
     # In place is safe: BN's backward needs its input, leaky ReLU's only the sign of the result.
     "leaky": lambda: nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
 }
 
 
 class ConvBnAct(nn.Module):
-    """Convolution without bias, padded to keep the size at stride 1, then BN and activation.
-
-    lean: in training on a CPU let `lean_unit` take the place of the three modules.
-    """
-
-    lean = True
+    """Convolution without bias, padded to keep the size at stride 1, then BN and activation."""
 
     def __init__(
         self,
@@ -40,8 +32,6 @@ class ConvBnAct(nn.Module):
         self.act = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.lean and is_lean(x, self.conv, self.bn, self.act):
-            return lean_unit(x, self.conv, self.bn, mish=isinstance(self.act, Mish))
         return self.act(self.bn(self.conv(x)))
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from nets.blocks import ConvBnAct, scale_channels, scale_repeats
-from nets.recipe import add, concatenate
 from nets.recompute import run_recomputed
 
 STEM_CHANNELS = 32
@@ -35,7 +34,7 @@ class Residual(nn.Module):
         self.expand = MishConv(inner_channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return add(x, self.expand(self.reduce(x)))
+        return x + self.expand(self.reduce(x))
 
 
 class CspStage(nn.Module):
@@ -64,7 +63,7 @@ class CspStage(nn.Module):
         x = self.down(x)
         short = self.short(x)
         main = self.transition(self.residuals(self.main(x)))
-        return self.merge(concatenate(main, short))
+        return self.merge(torch.cat((main, short), dim=1))
 
 
 class CSPDarknet53(nn.Module):

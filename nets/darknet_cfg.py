@@ -12,12 +12,10 @@ from torch import nn
 
 from nets.blocks import ConvBnAct
 from nets.csp_darknet import CspStage
-from nets.mish import Mish
 from nets.neck import BottomUp, TopDown
 from nets.yolo import ANCHORS_PER_SCALE, YoloV4
 from utils.errors import UserError
 
-ACTIVATION_NAMES = {Mish: "mish", nn.LeakyReLU: "leaky"}
 # What changes a layer's result, with darknet's defaults. Padding follows from the size.
 STRUCTURE = {
     "filters": "1",
@@ -127,7 +125,7 @@ class Layers:
             size=unit.conv.kernel_size[0],
             stride=unit.conv.stride[0],
             pad=1,
-            activation=ACTIVATION_NAMES[type(unit.act)],
+            activation="mish" if isinstance(unit.act, nn.Mish) else "leaky",
         )
 
     def convs(self, units: nn.Sequential) -> int:

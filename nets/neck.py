@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nets.blocks import ConvBnAct
-from nets.recipe import concatenate
 
 
 def alternating_convs(in_channels: int, channels: int, wide: int, *, count: int) -> nn.Sequential:
@@ -61,4 +60,4 @@ class BottomUp(nn.Module):
         self.merge = alternating_convs(2 * channels, channels, wide, count=5)
 
     def forward(self, fine: Tensor, lateral: Tensor) -> Tensor:
-        return self.merge(concatenate(self.down(fine), lateral))
+        return self.merge(torch.cat((self.down(fine), lateral), dim=1))

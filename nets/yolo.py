@@ -17,9 +17,6 @@ MAX_STRIDE = 32
 # About one cell in a hundred holds an object. From .5 the first hundred steps would only learn
 # that: the confidence loss of a picture then starts at 5.3, and at .1 from this prior.
 SCRATCH_PRIOR = 0.01
-# Below, BN and activations weigh so much beside the convolutions that nets/lean.py, which makes
-# them twice, loses: 7% of a step at half the width, 15% at a quarter. Memory is no issue there.
-LEAN_WIDTH = 0.75
 
 
 class Head(nn.Module):
@@ -59,9 +56,6 @@ class YoloV4(nn.Module):
         self.head_p4 = Head(c256, c512, num_classes)
         self.bottom_up_p5 = BottomUp(c256, c512, c1024)
         self.head_p5 = Head(c512, c1024, num_classes)
-        for module in self.modules():
-            if isinstance(module, ConvBnAct):
-                module.lean = width >= LEAN_WIDTH
         initialise(self)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from engine.checkpoint import build_model
+from nets.cpu.winograd import WinogradConv, use_winograd
 from nets.fold import fold_batch_norm
-from nets.winograd import WinogradConv, use_winograd
 from nets.yolo import YoloV4
 
 
@@ -38,7 +38,7 @@ DEEP = {(256, 256), (256, 512), (512, 512), (512, 1024)}
 def test_a_network_for_detection_has_it_where_it_gains_and_computes_the_same(
     avx512, expected, monkeypatch
 ):
-    monkeypatch.setattr("nets.winograd.has_avx512", lambda: avx512)
+    monkeypatch.setattr("nets.cpu.winograd.has_avx512", lambda: avx512)
     torch.manual_seed(0)
     network = YoloV4(2, depth=0.1).eval()
     names = ("0", "1")

@@ -8,7 +8,7 @@ them. Sums cost memory traffic, so it pays for many channels only.
 import torch
 from torch import Tensor, nn
 
-from nets.cpu import has_avx512, is_plain_cpu
+from nets.cpu.kind import has_avx512, is_plain_cpu
 
 # Fewest input channels, and those times the output channels; by measurement with AVX2 and AVX-512,
 # other CPUs take AVX2's. With AVX2 it is 1.3 to 1.5 times as

@@ -13,15 +13,15 @@ from typing import Any
 
 import tyro
 
-from engine.checkpoint import build_model
-from engine.distributed import select_device
-from engine.evaluator import evaluate
-from engine.foreign import file_facts, read_network
-from engine.scoring import Evaluation, format_table
-from utils.calibration import OperatingPoint, is_measured
+from data.voc import scan_split
+from metrics.calibration import OperatingPoint, is_measured
+from metrics.evaluator import evaluate
+from metrics.plots import plot_precision_recall, plot_reliability
+from metrics.scoring import Evaluation, format_table
+from utils.distributed import select_device
 from utils.errors import UserError, run_script
-from utils.plots import plot_precision_recall, plot_reliability
-from utils.voc import scan_split
+from weights.checkpoint import build_model
+from weights.foreign import file_facts, read_network
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,13 +18,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from engine.foreign import file_facts
+from data.image import IMAGE_SUFFIXES, read_image
 from engine.predictor import Detections, Predictor
 from utils.draw import draw_detections
 from utils.errors import UserError, run_script
-from utils.image import IMAGE_SUFFIXES, read_image
 from utils.overlap import Behind, ahead
 from utils.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
+from weights.foreign import file_facts
 
 RECORDS = "detections.jsonl"
 

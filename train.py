@@ -10,14 +10,10 @@ from typing import Any
 
 import torch
 
+from data.augment import Augmentation
+from data.dataset import VocDataset
+from data.voc import Sample, read_class_names
 from engine.console import describe, how_to_go_on, how_to_use
-from engine.distributed import (
-    broadcast_object,
-    first_of_machine_first,
-    is_main,
-    process_group,
-    select_device,
-)
 from engine.multi_scale import MultiScale
 from engine.presets import FORK, describe_recipe, recipe_changes
 from engine.randomness import seed_everything
@@ -40,11 +36,15 @@ from engine.start import (
 )
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
-from utils.augment import Augmentation
-from utils.dataset import VocDataset
-from utils.decode import YOLOV4_ANCHORS, read_anchors
+from nets.decode import YOLOV4_ANCHORS, read_anchors
+from utils.distributed import (
+    broadcast_object,
+    first_of_machine_first,
+    is_main,
+    process_group,
+    select_device,
+)
 from utils.errors import UserError, run_script
-from utils.voc import Sample, read_class_names
 
 
 @dataclasses.dataclass(frozen=True)

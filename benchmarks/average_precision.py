@@ -12,11 +12,11 @@ import time
 import numpy as np
 import tyro
 
-from engine.scoring import score_detections
+from data.voc import Sample
+from metrics.coco import coco_average_precision
+from metrics.scoring import score_detections
 from tests.coco_reference import pycocotools_figures
-from utils.coco_precision import coco_average_precision
 from utils.errors import UserError, run_script
-from utils.voc import Sample
 
 SIDE = 500  # pixels of a picture
 

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 from benchmarks.fork_network import ForkYolo
 from benchmarks.processes import run_in_turn
-from engine.checkpoint import save_checkpoint
-from engine.foreign import FileFacts, as_checkpoint
+from data.image import read_image
+from data.letterbox import letterbox
 from engine.predictor import Predictor
 from tests.reference_loss import ANCHORS
 from utils.errors import UserError, run_script
-from utils.image import read_image
-from utils.letterbox import letterbox
+from weights.checkpoint import save_checkpoint
+from weights.foreign import FileFacts, as_checkpoint
 
 ENGINES = ("onnxruntime", "openvino")
 PICTURE = "picture.jpg"

@@ -22,17 +22,17 @@ from torch import Tensor
 from benchmarks.loader import Config as LoaderConfig
 from benchmarks.loader import draw_pictures
 from benchmarks.loss import synchronize
-from engine.loader import TrainingLoader
+from data.dataset import VocDataset
+from data.loader import TrainingLoader
+from data.sampler import BLOCK, EpochBatchSampler
+from data.voc import Sample, read_class_names, read_split
 from engine.optimizer import Ema, build_optimizer
 from engine.recipe import amp_dtype
 from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
-from utils.dataset import VocDataset
 from utils.errors import UserError, run_script
-from utils.sampler import BLOCK, EpochBatchSampler
-from utils.voc import Sample, read_class_names, read_split
 
 
 @dataclasses.dataclass(frozen=True)

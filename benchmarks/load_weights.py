@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from nets.darknet_format import save_darknet_weights
-from nets.weights import load_weights
 from nets.yolo import YoloV4
 from utils.errors import run_script
+from weights.darknet import save_darknet_weights
+from weights.loading import load_weights
 
 STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

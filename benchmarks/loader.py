@@ -4,7 +4,7 @@
 
 Mosaic, flip and HSV at 416 x 416, in one process without threads, from disk (warm file cache) and
 from the in-memory cache, in alternating rounds. Ours takes the samples in an epoch's order, where
-mosaics share their partners (utils.sampler.EpochBlocks), so that it decodes a picture once. Without
+mosaics share their partners (data.sampler.EpochBlocks), so that it decodes a picture once. Without
 --data the pictures are drawn: 640 x 480 JPEG files of 68 kB.
 """
 
@@ -24,13 +24,13 @@ import torch
 import tyro
 
 from benchmarks.fork_loader import mosaic_sample
-from utils.augment import scale_hsv
-from utils.dataset import VocDataset
+from data.augment import scale_hsv
+from data.dataset import VocDataset
+from data.image import read_image, reduce
+from data.letterbox import resize
+from data.sampler import EpochBatchSampler
+from data.voc import Sample, read_class_names, read_split
 from utils.errors import run_script
-from utils.image import read_image, reduce
-from utils.letterbox import resize
-from utils.sampler import EpochBatchSampler
-from utils.voc import Sample, read_class_names, read_split
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from losses.assign import ASSIGNERS
 from losses.yolo_loss import YOLOLoss
+from nets.decode import STRIDES
 from tests.reference_loss import ANCHORS, reference_loss
-from utils.decode import STRIDES
 from utils.errors import UserError, run_script
 
 

@@ -13,15 +13,15 @@ import tyro
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from engine.checkpoint import build_model, read_checkpoint
-from engine.distributed import select_device
-from engine.evaluator import forward_batches
-from losses.conf_cells import ConfCells
+from data.letterbox import image_to_letterbox
+from data.voc import Sample, scan_split
+from losses.conf.cells import ConfCells
 from losses.yolo_loss import YOLOLoss
-from utils.decode import decode
+from metrics.evaluator import forward_batches
+from nets.decode import decode
+from utils.distributed import select_device
 from utils.errors import run_script
-from utils.letterbox import image_to_letterbox
-from utils.voc import Sample, scan_split
+from weights.checkpoint import build_model, read_checkpoint
 
 ON_IT = 0.5  # IoU from which a box lies on an object
 HARDEST = 0.01  # share of the negatives that is looked at

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import tyro
 
-from nets.darknet_cfg import Cfg, write_cfg
-from nets.darknet_format import DARKNET_SCALE_XY, layout_of, save_darknet_weights
+from nets.decode import decode, read_anchors
 from nets.yolo import YoloV4
-from utils.decode import decode, read_anchors
 from utils.errors import UserError, run_script
+from weights.darknet import DARKNET_SCALE_XY, layout_of, save_darknet_weights
+from weights.darknet_cfg import Cfg, write_cfg
 
 ENVIRONMENT = Path(".venv-opencv")
 REQUIREMENTS = ("opencv-python-headless==4.13.*", "numpy")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import tyro
 
-from tools.compare_figures import plot_learning_curves
-from tools.compare_lock import folder_lock
-from tools.compare_losses import carry_out, check_inputs, make_folder, project_version, whole_plan
-from tools.compare_plan import Plan, parse_flags, write_plan, write_text
-from tools.compare_report import markdown_table
-from tools.compare_results import (
+from lab.compare import carry_out, check_inputs, make_folder, project_version, whole_plan
+from lab.lock import folder_lock
+from lab.plan import Plan, parse_flags, write_plan, write_text
+from lab.plots import plot_learning_curves
+from lab.report import markdown_table
+from lab.results import (
     Result,
     by_seed,
     difference,
@@ -25,7 +25,7 @@ from tools.compare_results import (
     spread,
     spread_text,
 )
-from tools.compare_tables import Table
+from lab.tables import Table
 from utils.errors import UserError, run_script
 
 # Each is the default with one of its choices taken back, or with another in its place.

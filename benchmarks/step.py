@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from benchmarks.fork_network import ForkYolo
 from benchmarks.load_weights import RESET_PEAK, status_bytes
 from benchmarks.processes import run_in_turn
+from data.loader import to_input
 from engine.optimizer import build_optimizer
 from engine.recipe import amp_dtype
-from engine.step import TrainStep, to_input
+from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS, reference_loss

@@ -20,10 +20,10 @@ import tyro
 from benchmarks import epoch
 from benchmarks.load_weights import status_bytes
 from benchmarks.processes import run_variant
-from engine.loader import TrainingLoader
-from utils.dataset import VocDataset
+from data.dataset import VocDataset
+from data.loader import TrainingLoader
+from data.sampler import EpochBatchSampler
 from utils.errors import UserError, run_script
-from utils.sampler import EpochBatchSampler
 
 MIB = 2**20
 

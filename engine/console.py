@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine.distributed import is_main, world_size
 from engine.figures import TERMS, EpochFigures, memory_gb
 from engine.recipe import Recipe
+from utils.distributed import is_main, world_size
 
 NOTHING_LEARNT = 0.01  # AP50
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.distributed import gather_objects
 from engine.guard import NonFiniteGuard
-from losses.conf_cells import GROUPS, VALUES
-from utils.decode import STRIDES
+from losses.conf.cells import GROUPS, VALUES
+from nets.decode import STRIDES
+from utils.distributed import gather_objects
 
 TERMS = ("total", "loc", "conf", "cls")
 COUNTS = ("positives", "ignored")

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from functools import cached_property
 
+from data.sampler import random_generator
 from nets.yolo import MAX_STRIDE
 from utils.errors import UserError
-from utils.sampler import random_generator
 
 PERIOD = 10  # steps of one size, as in darknet
 INPUT_FIGURES = ("input_height", "input_width")  # of a step, in TensorBoard

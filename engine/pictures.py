@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.image import read_image
+from data.letterbox import image_to_letterbox, letterbox, resize
+from data.voc import Sample
 from utils.boxes import cxcywh_to_xyxy
 from utils.draw import draw_boxes, picture_grid
-from utils.image import read_image
-from utils.letterbox import image_to_letterbox, letterbox, resize
-from utils.voc import Sample
 
 MOST_PICTURES = 8
 MIN_SIDE = 320  # of the longer side of one picture of a training batch

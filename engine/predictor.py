@@ -10,17 +10,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from engine.checkpoint import build_model
-from engine.distributed import select_device
-from engine.foreign import FileFacts, read_network
+from data.image import read_image
+from data.letterbox import letterbox, letterbox_to_image
 from engine.recipe import detection_dtype
-from utils.calibration import is_measured
-from utils.decode import decode
+from metrics.calibration import is_measured
+from metrics.nms import non_max_suppression
+from nets.decode import decode
+from utils.distributed import select_device
 from utils.errors import UserError
 from utils.heap import keep_freed_memory
-from utils.image import read_image
-from utils.letterbox import letterbox, letterbox_to_image
-from utils.nms import non_max_suppression
+from weights.checkpoint import build_model
+from weights.foreign import FileFacts, read_network
 
 Picture = str | PathLike | np.ndarray | Image.Image
 

@@ -5,9 +5,9 @@ import math
 
 import torch
 
-from engine.distributed import world_size
 from engine.multi_scale import INPUT_FIGURES, MultiScale
 from engine.optimizer import SCHEDULES, check_optimizer, scaled_lr
+from utils.distributed import world_size
 from utils.errors import UserError
 
 

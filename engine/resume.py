@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from engine.checkpoint import read_checkpoint
 from engine.console import resume_command
 from utils.errors import UserError
+from weights.checkpoint import read_checkpoint
 
 Config = TypeVar("Config")
 

@@ -16,9 +16,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine.figures import CONF_ALPHA, COUNTS, NO_GROUPS, TERMS, cell_figures
 from engine.multi_scale import INPUT_FIGURES
-from engine.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
+from metrics.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
+from metrics.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
 from utils.errors import UserError
-from utils.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
 
 PLOT_SECONDS = 60  # between drawings of the curves, besides those after a validation
 COLUMNS = (

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.distributed import is_main
-from engine.foreign import check_scale_xy
-from nets.weights import LoadReport, load_weights
+from data.voc import Sample, read_class_names, scan_split
+from nets.decode import YOLOV4_ANCHORS, read_anchors
 from nets.yolo import YoloV4, initialise
-from utils.decode import YOLOV4_ANCHORS, read_anchors
+from utils.distributed import is_main
 from utils.errors import UserError
-from utils.voc import Sample, read_class_names, scan_split
+from weights.foreign import check_scale_xy
+from weights.loading import LoadReport, load_weights
 
 # A cell beside that of an object's centre reaches the centre, too. Darknet has 1.2, 1.1, 1.05 at
 # strides 8, 16, 32, the original fork 1.

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoint import cpu_copy
-from engine.distributed import world_size
+from data.loader import to_input
 from engine.figures import HostFigures
 from engine.guard import BatchNormRollback, StateRollback
 from engine.optimizer import Ema
+from utils.distributed import world_size
 from utils.heap import keep_freed_memory
+from weights.checkpoint import cpu_copy
 
 
 class TrainStep:
@@ -154,22 +154,6 @@ def all_reduce_if(wanted: bool, network: nn.Module) -> AbstractContextManager[No
     if wanted or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()
-
-
-def to_input(
-    images: Tensor, device: torch.device, size_hw: tuple[int, int] | None = None
-) -> Tensor:
-    """uint8 (B, 3, H, W) on the host -> float32 0..1 on the device, channels_last.
-
-    size_hw: resized to it, bilinear and, as validation's pictures are, antialiased.
-    """
-    images = images.to(device, non_blocking=True)
-    if size_hw is not None and size_hw != tuple(images.shape[2:]):
-        # Bytes on a CPU: 8 pictures of 416 x 416 to 320 x 320 take 2.2 ms, antialiased or not, and
-        # 65 in float32. CUDA's antialiased kernel takes floats alone.
-        pixels = images.float() if images.is_cuda else images
-        images = F.interpolate(pixels, size=size_hw, mode="bilinear", antialias=True)
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
 def state_to_come(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from engine.distributed import world_size
+from utils.distributed import world_size
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.checkpoint import cpu_copy, save_checkpoint
+from data.dataset import VocDataset
+from data.loader import TrainingLoader
+from data.sampler import EpochBatchSampler
+from data.voc import Sample
 from engine.console import progress_bar, progress_text, slow_start
-from engine.distributed import broadcast_buffers, is_main, rank, world_size
-from engine.evaluator import Evaluation, evaluate
 from engine.figures import EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
-from engine.loader import TrainingLoader
 from engine.optimizer import Ema, build_optimizer, learning_rate
 from engine.pictures import batch_picture, detections_picture
 from engine.randomness import random_states, restore_random_states
@@ -23,11 +23,11 @@ from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
 from engine.step import TrainStep, blank_batch
 from engine.stop import stop_on_signal
+from metrics.evaluator import Evaluation, evaluate
 from nets.cpu import use_fast_mish
-from utils.dataset import VocDataset
+from utils.distributed import broadcast_buffers, is_main, rank, world_size
 from utils.errors import UserError
-from utils.sampler import EpochBatchSampler
-from utils.voc import Sample
+from weights.checkpoint import cpu_copy, save_checkpoint
 
 SAVE_SECONDS = 300  # last.pt is never older than this
 
@@ -35,7 +35,7 @@ SAVE_SECONDS = 300  # last.pt is never older than this
 class Trainer:
     """Trains a model with a loss on a data set and keeps the run's folder.
 
-    facts: what a checkpoint says of network and data (engine/checkpoint.py). log: None on ranks
+    facts: what a checkpoint says of network and data (weights/checkpoint.py). log: None on ranks
     that write nothing. resume: a checkpoint with training state, whose run goes on where it stood.
     """
 

@@ -9,7 +9,7 @@ import sys
 from torch import Tensor, nn, where
 
 sys.path.insert(0, ".")  # a script's own folder is on Python's path, the project's is not
-from losses.confidence import conf_loss
+from losses.conf import conf_loss
 from losses.focal import upcast
 from tools.train_sample import SAMPLE, run
 

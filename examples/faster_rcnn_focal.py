@@ -22,13 +22,13 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 from tqdm import trange
 
 sys.path.insert(0, ".")  # a script's own folder is on Python's path, the project's is not
-from engine.distributed import select_device
+from data.image import read_image
+from data.voc import Sample, read_class_names, read_split
 from losses.focal import SigmoidFocalClassificationLoss
 from tools.make_sample_voc import make_sample
 from tools.train_sample import SAMPLE
+from utils.distributed import select_device
 from utils.errors import UserError, run_script
-from utils.image import read_image
-from utils.voc import Sample, read_class_names, read_split
 
 PRIOR_PI = 0.01  # score of every class before training (Lin et al. 2017)
 ENOUGH_STEPS = 20  # from so many on, a loss that has not fallen is an error

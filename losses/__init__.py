@@ -1,3 +1,1 @@
-"""What makes gradients and has no weights. Importing it registers every confidence loss."""
-
-import losses.confidence_family  # noqa: F401
+"""What makes gradients and has no weights."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.decode import STRIDES
+from nets.decode import STRIDES
 
 # Pairs of a ground truth and a predicted box that the ignore test holds at once. On a CPU a plane
 # of a megabyte stays in the cache (2.6 ms for 2**20 pairs in all, 3.7 ms undivided); a GPU wants

@@ -2,16 +2,10 @@
 
 from torch import nn
 
-from losses.confidence import (
-    ALSO,
-    CONF_LOSSES,
-    SETTING_KEYS,
-    SPEC,
-    BinaryCrossEntropy,
-    build_conf_loss,
-    conf_settings,
-    spec_usage,
-)
+from losses.conf import CONF_LOSSES, build_conf_loss, conf_settings
+from losses.conf.bce import BinaryCrossEntropy
+from losses.conf.registry import SETTING_KEYS
+from losses.conf.spec import ALSO, SPEC, spec_usage
 from utils.errors import UserError
 
 

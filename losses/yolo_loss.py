@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from losses.alpha import MeasuredAlpha
 from losses.assign import (
     ASSIGNERS,
     Candidates,
@@ -17,11 +16,13 @@ from losses.assign import (
 )
 from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
 from losses.class_loss import build_cls_loss
-from losses.conf_cells import ConfCells, group_sums
-from losses.confidence import Focal, build_conf_loss, conf_settings
-from losses.ranks import ranks, sum_over_ranks
+from losses.conf import build_conf_loss, conf_settings
+from losses.conf.alpha import MeasuredAlpha
+from losses.conf.cells import ConfCells, group_sums
+from losses.conf.focal import Focal
+from nets.decode import STRIDES, decode_grid_boxes, grid_offsets
 from utils.boxes import cxcywh_to_xyxy
-from utils.decode import STRIDES, decode_grid_boxes, grid_offsets
+from utils.distributed import sum_over_ranks, world_size
 from utils.errors import UserError
 
 ALIGNMENT = (0.5, 6.0)  # exponents of score and IoU in "aligned": TOOD's with the detection score
@@ -41,8 +42,8 @@ class Denominators(NamedTuple):
     def of(cls, counts: Tensor) -> "Denominators":
         """counts: (3, 3) float32, positives, their weights and counted cells of this rank."""
         counts = sum_over_ranks(counts)
-        _, weights, counted = counts.clamp(min=1) / ranks()
-        return cls(counted, weights, counts[0].sum().clamp(min=1) / ranks())
+        _, weights, counted = counts.clamp(min=1) / world_size()
+        return cls(counted, weights, counts[0].sum().clamp(min=1) / world_size())
 
 
 class _PickCells(torch.autograd.Function):
@@ -140,7 +141,7 @@ class YOLOLoss(nn.Module):
         if targets.ndim != 2 or targets.shape[1] != 6:
             raise UserError(
                 f"targets have shape {tuple(targets.shape)}; give (N, 6): image index, class id, "
-                "cx, cy, w, h, as utils.dataset.collate makes them."
+                "cx, cy, w, h, as data.dataset.collate makes them."
             )
         with torch.autocast(outputs[0].device.type, enabled=False):
             return self._terms(outputs, targets.float(), with_cells=cells)

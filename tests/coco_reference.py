@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from utils.coco_precision import PictureTruth
+from metrics.coco import PictureTruth
 
 
 def pycocotools_figures(

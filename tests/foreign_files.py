@@ -4,12 +4,12 @@ from collections import OrderedDict
 
 import torch
 
-from engine.checkpoint import read_checkpoint
-from nets.darknet_cfg import Cfg, write_cfg
-from nets.darknet_format import save_darknet_weights
-from nets.fork_format import fork_names
 from nets.yolo import YoloV4
 from tests.test_predictor import ANCHORS, CLASS_NAMES, INPUT_SHAPE, write_checkpoint
+from weights.checkpoint import read_checkpoint
+from weights.darknet import save_darknet_weights
+from weights.darknet_cfg import Cfg, write_cfg
+from weights.fork import fork_names
 
 SCALE_XY = (1.6, 1.4, 1.3)  # nobody's own: it must have been given
 SINGLE = ("--classes_path", "--anchors_path", "--input_shape", "--scale_xy")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 
-from losses.confidence import build_conf_loss, conf_settings
+from losses.conf import build_conf_loss, conf_settings
 from tests.test_yolo_loss import make_loss, make_outputs, make_targets
 from utils.errors import UserError
 

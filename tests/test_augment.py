@@ -5,8 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.factory import coloured_boxes
-from utils.augment import (
+from data.augment import (
     Augmentation,
     Picture,
     mixup,
@@ -16,8 +15,9 @@ from utils.augment import (
     scale_hsv,
     seen_boxes,
 )
+from data.letterbox import GREY
+from tests.factory import coloured_boxes
 from utils.errors import UserError
-from utils.letterbox import GREY
 
 PLAIN = Augmentation(hue=0, saturation=0, value=0)  # geometry only: colours stay what they are
 

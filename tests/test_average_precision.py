@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from utils.average_precision import (
+from metrics.voc import (
     area_under_curve,
     match_classes,
     match_detections,

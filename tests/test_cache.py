@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from data.augment import Augmentation
+from data.cache import PictureCache, RecentPictures, choose_reduction
+from data.dataset import VocDataset, collate
+from data.image import read_image
+from data.sampler import BLOCK, EpochBatchSampler
+from data.voc import read_split
 from tests.factory import add_picture, write_split
-from utils.augment import Augmentation
-from utils.cache import PictureCache, RecentPictures, choose_reduction
-from utils.dataset import VocDataset, collate
 from utils.errors import UserError
-from utils.image import read_image
-from utils.sampler import BLOCK, EpochBatchSampler
-from utils.voc import read_split
 
 SIZES = [(40, 60), (150, 100), (20, 20), (90, 201)]
 
@@ -223,7 +223,7 @@ def test_an_epoch_of_mosaics_decodes_each_picture_about_once(tmp_path, monkeypat
     samples = read_split(f"{tmp_path}:train", ["a"])
     decoded = []
     monkeypatch.setattr(
-        "utils.cache.read_image", lambda path, **kw: decoded.append(path) or read_image(path, **kw)
+        "data.cache.read_image", lambda path, **kw: decoded.append(path) or read_image(path, **kw)
     )
     dataset = VocDataset(samples, (32, 32), train=True, mosaic_prob=1, mixup_prob=0)
     for (index,) in EpochBatchSampler(len(dataset), 1):

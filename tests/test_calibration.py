@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from utils.calibration import (
+from metrics.calibration import (
     CALIBRATION_BINS,
     CALIBRATION_FLOOR,
     DEFAULT_THRESHOLD,

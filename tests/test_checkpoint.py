@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import (
+from nets.yolo import YoloV4
+from utils.errors import UserError
+from weights.checkpoint import (
     build_model,
     cpu_copy,
     read_checkpoint,
     save_checkpoint,
 )
-from nets.yolo import YoloV4
-from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

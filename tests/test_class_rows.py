@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from nets.class_rows import carry_rows, describe_rows, shared_rows
-from nets.weights import load_weights
 from tests.weight_files import assert_refused, copy_of, same, small_model
+from weights.class_rows import carry_rows, describe_rows, shared_rows
+from weights.loading import load_weights
 
 
 @pytest.mark.parametrize(

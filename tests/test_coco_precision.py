@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
+from metrics.coco import coco_average_precision
 from tests.coco_reference import pycocotools_figures
 from tests.test_average_precision import BOX, FAR, random_split
-from utils.coco_precision import coco_average_precision
 
 
 @pytest.mark.parametrize("per_picture", [3, 40, 150])

@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.checkpoint import save_checkpoint
+from data.image import read_image
+from data.voc import scan_split
 from engine.predictor import Predictor
-from tests.factory import add_picture, write_split
-from tests.test_compare_report import CLASSES, checkpoint
-from tools.compare_figures import (
+from lab.plan import Run
+from lab.plots import (
     GROUPS,
     MOST_BOXES,
     PICTURE_SIDE,
@@ -23,11 +23,11 @@ from tools.compare_figures import (
     plot_shares,
     small,
 )
-from tools.compare_plan import Run
-from tools.compare_results import Result
+from lab.results import Result
+from tests.factory import add_picture, write_split
+from tests.test_compare_report import CLASSES, checkpoint
 from utils.draw import draw_boxes
-from utils.image import read_image
-from utils.voc import scan_split
+from weights.checkpoint import save_checkpoint
 
 
 def result(rows=(), *, folder="unused", finished=True, cells=None):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tools.compare_lock import folder_lock
+from lab.lock import folder_lock
 from utils.errors import UserError
 
 pytest.importorskip("fcntl", reason="Windows has no lock that children inherit")

@@ -14,10 +14,7 @@ import torch
 import train
 from engine.randomness import seed_everything
 from engine.start import build_network, choose_scale_xy, set_prior
-from losses.confidence import CONF_LOSSES, build_conf_loss, conf_settings
-from tests.test_compare_plan import plan
-from tools.compare_lock import folder_lock
-from tools.compare_losses import (
+from lab.compare import (
     Config,
     carry_out,
     changed_settings,
@@ -26,8 +23,11 @@ from tools.compare_losses import (
     plan_of,
     whole_plan,
 )
-from tools.compare_plan import slug, write_plan
-from utils.decode import read_anchors
+from lab.lock import folder_lock
+from lab.plan import slug, write_plan
+from losses.conf import CONF_LOSSES, build_conf_loss, conf_settings
+from nets.decode import read_anchors
+from tests.test_compare_plan import plan
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +126,7 @@ def compare(tiny_voc, tmp_path):
     flags += " --batch_size 4 --eval_period 2 --save_dir lab"
 
     def run(*seeds, losses=("bce", MINE), **environment):
-        command = [sys.executable, "-m", "tools.compare_losses", "--losses", *losses]
+        command = [sys.executable, "-m", "lab.compare", "--losses", *losses]
         return subprocess.run(
             [*command, "--seeds", *seeds, *flags.split()],
             cwd=tmp_path,

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.compare_plan import (
+from lab.plan import (
     Plan,
     as_arguments,
     as_spelled,

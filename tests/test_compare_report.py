@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import save_checkpoint
+from lab.compare import report
+from lab.plan import Plan, write_plan
+from lab.report import html_cell
+from lab.results import STEP_TIME, read_results
 from nets.yolo import YoloV4
 from tests.factory import add_picture, write_split
-from tools.compare_losses import report
-from tools.compare_plan import Plan, write_plan
-from tools.compare_report import html_cell
-from tools.compare_results import STEP_TIME, read_results
 from utils.errors import UserError
+from weights.checkpoint import save_checkpoint
 
 CLASSES = ("red", "<b>&'green'|x")
 LOSSES = ("bce", 'mine:Loss(kind="<i>$x$")', "focal")

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from tools.compare_results import (
+from lab.results import (
     STEP_TIME,
     T_QUANTILES,
     Difference,

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from tests.test_compare_plan import plan
-from tools.compare_plan import Run
-from tools.compare_runs import (
+from lab.plan import Run
+from lab.runs import (
     LOG_LINES,
     Child,
     Laboratory,
@@ -17,6 +16,7 @@ from tools.compare_runs import (
     log_end,
     train_command,
 )
+from tests.test_compare_plan import plan
 from utils.errors import UserError
 
 MINE = "my_losses:Mine(scale=1)"

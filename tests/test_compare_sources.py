@@ -2,10 +2,10 @@ import sys
 
 import pytest
 
-from losses.confidence import build_conf_loss
+from lab.runs import Laboratory
+from lab.sources import check_source, record_source, settings_difference, source_hash
+from losses.conf import build_conf_loss
 from tests.test_compare_plan import plan
-from tools.compare_runs import Laboratory
-from tools.compare_sources import check_source, record_source, settings_difference, source_hash
 from utils.errors import UserError
 
 MINE = "edited_losses:Mine(scale=1)"

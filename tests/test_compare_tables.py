@@ -2,9 +2,9 @@ import json
 
 import pytest
 
+from lab.results import Result, read_results
+from lab.tables import all_tables, state
 from tests.test_compare_plan import plan
-from tools.compare_results import Result, read_results
-from tools.compare_tables import all_tables, state
 
 FIGURES = ("AP50", "AP", "best F1", "at score", "ECE", "ms a step", "minutes")
 METRICS = "epoch,step,seconds\n1,10,5\n2,20,7\n"

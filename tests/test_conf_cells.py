@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from losses.conf_cells import HARD_OBJECTNESS, CellHistogram, ConfCells, group_sums
+from losses.conf.cells import HARD_OBJECTNESS, CellHistogram, ConfCells, group_sums
 from tests.test_yolo_loss import make_loss, make_outputs, make_targets
 
 LOSSES = ["bce", "focal", "focal(normalizer='positives', gain=0.5)", "quality_focal", "ghm", "ohem"]

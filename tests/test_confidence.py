@@ -9,14 +9,14 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from losses.confidence import (
+from losses.conf import (
     CONF_LOSSES,
     ConfSettings,
-    Focal,
     build_conf_loss,
     conf_loss,
     conf_settings,
 )
+from losses.conf.focal import Focal
 from losses.focal import sigmoid_focal_loss
 from utils.errors import UserError
 
@@ -281,7 +281,7 @@ def test_a_users_class_is_found_in_the_working_directory_during_its_import_only(
 
 
 def test_a_users_class_is_found_by_its_registered_name_in_its_own_file_only(user_file):
-    text = "from losses.confidence import conf_loss\n" + USER_FILE.replace(
+    text = "from losses.conf import conf_loss\n" + USER_FILE.replace(
         "class Scaled", '@conf_loss("scaled_error")\nclass Scaled'
     )
     (user_file / "my_conf_losses.py").write_text(text)
@@ -327,7 +327,7 @@ def test_registering_is_one_decorator_and_a_name_is_taken_once():
     with pytest.raises(UserError, match=f"{OF_A_TEST!r} is taken"):
         conf_loss(OF_A_TEST)(nn.Identity)
     namesake = type("Focal", (nn.Module,), {"__module__": __name__, "__qualname__": "Focal"})
-    with pytest.raises(UserError, match=r"'focal' is taken by losses\.confidence\.Focal"):
+    with pytest.raises(UserError, match=r"'focal' is taken by losses\.conf\.focal\.Focal"):
         conf_loss("focal")(namesake)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 
-from losses.confidence import ConfSettings, build_conf_loss, conf_settings
+from losses.conf import ConfSettings, build_conf_loss, conf_settings
 from utils.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from losses.confidence import build_conf_loss
+from losses.conf import build_conf_loss
 
 
 def bce_of(logits, targets):

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from losses.confidence import build_conf_loss
+from losses.conf import build_conf_loss
 from utils.errors import UserError
 
 BROKEN = """

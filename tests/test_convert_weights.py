@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import REQUIRED_KEYS, read_checkpoint, save_checkpoint
-from nets.darknet_cfg import Cfg, read_cfg, write_cfg
-from nets.darknet_format import (
+from nets.yolo import YoloV4
+from tests.test_predictor import ANCHORS, CLASS_NAMES, INPUT_SHAPE, write_checkpoint
+from tools.convert_weights import main
+from utils.errors import run_script as run_main
+from weights.checkpoint import REQUIRED_KEYS, read_checkpoint, save_checkpoint
+from weights.darknet import (
     Header,
     layout_of,
     layout_of_cut,
@@ -20,11 +23,8 @@ from nets.darknet_format import (
     size_of,
     write_darknet_tensors,
 )
-from nets.weights_file import read_weights
-from nets.yolo import YoloV4
-from tests.test_predictor import ANCHORS, CLASS_NAMES, INPUT_SHAPE, write_checkpoint
-from tools.convert_weights import main
-from utils.errors import run_script as run_main
+from weights.darknet_cfg import Cfg, read_cfg, write_cfg
+from weights.reading import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = ["--width", 0.1, "--depth", 0.1]

@@ -3,9 +3,9 @@ from itertools import pairwise
 
 import pytest
 
-from nets.darknet_cfg import Cfg, read_cfg, write_cfg
 from tests.weight_files import ANCHORS, SMALL, darknet_layers, sources, structure
 from utils.errors import UserError
+from weights.darknet_cfg import Cfg, read_cfg, write_cfg
 
 YOLOV4 = Cfg(80, ANCHORS, (608, 416), (1.2, 1.1, 1.05))
 # The author's own spelling: comments, blanks around =, routes by absolute index, what only

@@ -7,15 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from nets.darknet_format import (
-    Header,
-    is_darknet,
-    read_darknet_weights,
-    read_header,
-    save_darknet_weights,
-)
-from nets.weights import load_weights
-from nets.weights_file import read_weights
 from tests.weight_files import (
     assert_refused,
     copy_of,
@@ -28,6 +19,15 @@ from tests.weight_files import (
     write_darknet,
 )
 from utils.errors import UserError
+from weights.darknet import (
+    Header,
+    is_darknet,
+    read_darknet_weights,
+    read_header,
+    save_darknet_weights,
+)
+from weights.loading import load_weights
+from weights.reading import read_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER_WORDS = 5
@@ -100,7 +100,7 @@ def test_a_cut_file_or_one_of_other_classes_is_told_by_its_length(
 MEASURE = """
 import sys
 from pathlib import Path
-from nets.weights import load_weights
+from weights.loading import load_weights
 from tests.weight_files import full_model
 
 def resident(kind):

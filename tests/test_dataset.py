@@ -3,14 +3,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from data.augment import Augmentation, Picture
+from data.dataset import VocDataset, collate, init_worker
+from data.sampler import EpochBatchSampler
+from data.voc import read_split
 from tests.factory import add_picture, coloured_boxes, write_split
 from tests.test_augment import COLOURS, PLAIN, assert_boxes_lie_on_their_colours
-from utils.augment import Augmentation, Picture
 from utils.boxes import cxcywh_to_xyxy
-from utils.dataset import VocDataset, collate, init_worker
 from utils.errors import UserError
-from utils.sampler import EpochBatchSampler
-from utils.voc import read_split
 
 CLASSES = [f"class{i}" for i in range(8)]
 SIZES = [(60, 80), (90, 50), (64, 64), (41, 120), (200, 130), (30, 30)]

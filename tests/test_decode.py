@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from utils.decode import YOLOV4_ANCHORS, decode, read_anchors
+from nets.decode import YOLOV4_ANCHORS, decode, read_anchors
 from utils.errors import UserError
 
 ANCHORS = (

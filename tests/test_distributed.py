@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.distributed import gather_objects, is_main, select_device, world_size
+from utils.distributed import gather_objects, is_main, select_device, world_size
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TWO_RANKS = """
 import torch
-from engine.distributed import *
+from utils.distributed import *
 with process_group(torch.device("cpu")):
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(rank() + 5)
@@ -63,7 +63,7 @@ ACCUMULATE = """
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from engine.distributed import *
+from utils.distributed import *
 from tests.test_step import batch, make_step
 
 with process_group(torch.device("cpu")):

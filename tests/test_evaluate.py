@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import read_checkpoint, save_checkpoint
 from evaluate import format_fixed, main
+from metrics.calibration import OperatingPoint
+from nets.decode import read_anchors
 from nets.yolo import YoloV4
 from tests.factory import add_picture, write_split
-from utils.calibration import OperatingPoint
-from utils.decode import read_anchors
 from utils.errors import run_script
+from weights.checkpoint import read_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("cat", "dog")

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from engine.evaluator import evaluate, evaluating, forward_batches
-from engine.scoring import format_table
+from data.letterbox import image_to_letterbox
+from data.voc import scan_split
 from losses.yolo_loss import YOLOLoss
+from metrics.evaluator import evaluate, evaluating, forward_batches
+from metrics.scoring import format_table
+from nets.decode import STRIDES, read_anchors
 from tests.factory import add_picture, write_split
 from utils.boxes import xyxy_to_cxcywh
-from utils.decode import STRIDES, read_anchors
 from utils.errors import UserError
-from utils.letterbox import image_to_letterbox
-from utils.voc import scan_split
 
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = read_anchors(ROOT / "model_data" / "yolo_anchors.txt")
@@ -257,7 +257,7 @@ def test_modes_come_back_after_an_error():
 
 RANK_PROGRAM = """
 import sys
-from engine.distributed import process_group, rank
+from utils.distributed import process_group, rank
 from tests.test_evaluator import *
 
 samples = scan_split(sys.argv[1], NAMES)[0]

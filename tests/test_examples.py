@@ -14,16 +14,18 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import sigmoid_focal_loss
 
 import train
-from engine.checkpoint import read_checkpoint
 from examples import faster_rcnn_focal
 from examples.faster_rcnn_focal import box_losses, build_model, count_found
-from losses import confidence
-from losses.confidence import build_conf_loss
+from losses.conf import build_conf_loss, registry, spec
 from tools.make_sample_voc import make_sample
 from utils.errors import UserError
+from weights.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("engine", "examples", "losses", "model_data", "nets", "tools", "utils", "train.py")
+PARTS = (
+    *("data", "engine", "examples", "losses", "metrics", "model_data", "nets", "tools", "utils"),
+    *("weights", "train.py"),
+)
 TINY = "--width 0.01 --depth 0.01 --input_shape 64 64 --epochs 1 --batch_size 4 --device cpu"
 
 
@@ -42,7 +44,8 @@ def project(tmp_path_factory):
 @pytest.fixture
 def custom_conf_loss(monkeypatch):
     """The example as a module; the name that it registers goes with the test."""
-    monkeypatch.setattr(confidence, "CONF_LOSSES", dict(confidence.CONF_LOSSES))
+    monkeypatch.setattr(registry, "CONF_LOSSES", dict(registry.CONF_LOSSES))
+    monkeypatch.setattr(spec, "CONF_LOSSES", registry.CONF_LOSSES)
     monkeypatch.delitem(sys.modules, "examples.custom_conf_loss", raising=False)
     return importlib.import_module("examples.custom_conf_loss")
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss as torchvision_focal
 
-from losses.confidence import build_conf_loss
+from losses.conf import build_conf_loss
 from losses.focal import SigmoidFocalClassificationLoss, sigmoid_focal_loss
 from utils.errors import UserError
 

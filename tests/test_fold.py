@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from nets.darknet_format import save_darknet_weights
 from nets.fold import fold_batch_norm
 from nets.yolo import YoloV4
 from utils.errors import UserError
+from weights.darknet import save_darknet_weights
 
 
 def random_network():

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.checkpoint import REQUIRED_KEYS, build_model, save_checkpoint
-from engine.foreign import STAND_IN_THRESHOLD, FileFacts, check_scale_xy, file_facts, read_network
-from nets.darknet_cfg import Cfg, write_cfg
-from nets.darknet_format import layout_of_cut, save_darknet_weights, size_of
-from nets.fork_format import fork_names
 from tests.weight_files import ANCHORS, SMALL, same, small_model
 from utils.errors import UserError
+from weights.checkpoint import REQUIRED_KEYS, build_model, save_checkpoint
+from weights.darknet import layout_of_cut, save_darknet_weights, size_of
+from weights.darknet_cfg import Cfg, write_cfg
+from weights.foreign import STAND_IN_THRESHOLD, FileFacts, check_scale_xy, file_facts, read_network
+from weights.fork import fork_names
 
 NAMES = ["cat", "Möhre", "猫"]
 OTHER_ANCHORS = tuple((w + 1.5, h) for w, h in ANCHORS)

@@ -1,9 +1,6 @@
 import pytest
 import torch
 
-from nets.fork_format import fork_names
-from nets.weights import load_weights
-from nets.weights_file import read_weights
 from tests.weight_files import (
     assert_refused,
     copy_of,
@@ -13,6 +10,9 @@ from tests.weight_files import (
     small_model,
     structure,
 )
+from weights.fork import fork_names
+from weights.loading import load_weights
+from weights.reading import read_weights
 
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 DEEPER = {"depth": 0.25}  # 1, 1, 2, 2, 1 residuals

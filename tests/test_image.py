@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from data.image import check_image, image_size, is_plain_jpeg, read_image, upright_boxes
 from utils.errors import UserError
-from utils.image import check_image, image_size, is_plain_jpeg, read_image, upright_boxes
 
 ROOT = Path(__file__).resolve().parent.parent
 RED, BLUE = (220, 30, 30), (20, 40, 200)
@@ -212,7 +212,7 @@ import cv2
 import numpy as np
 big = np.zeros((3000, 3000, 3), np.uint8)
 cv2.GaussianBlur(big, (31, 31), 0)  # OpenCV starts its threads here, if it may
-import utils.image
+import data.image
 threads = len(os.listdir("/proc/self/task"))
 cv2.GaussianBlur(big, (31, 31), 0)
 print(threads, len(os.listdir("/proc/self/task")), cv2.getNumThreads())

@@ -3,8 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.factory import coloured_boxes
-from utils.letterbox import (
+from data.letterbox import (
     GREY,
     image_to_letterbox,
     letterbox,
@@ -12,6 +11,7 @@ from utils.letterbox import (
     letterbox_to_image,
     resize,
 )
+from tests.factory import coloured_boxes
 
 SIZES = [
     ((480, 640), (416, 416)),

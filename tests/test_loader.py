@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from engine.loader import BlockSampler, TrainingLoader
+from data.dataset import VocDataset, collate
+from data.image import read_image
+from data.loader import BlockSampler, TrainingLoader
+from data.sampler import BLOCK, EpochBatchSampler
+from data.voc import read_split
 from tests.factory import add_picture, write_split
-from utils.dataset import VocDataset, collate
-from utils.image import read_image
-from utils.sampler import BLOCK, EpochBatchSampler
-from utils.voc import read_split
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 32, 40])
@@ -63,7 +63,7 @@ def test_three_workers_decode_each_picture_about_once(samples, monkeypatch, tmp_
             os.write(file.fileno(), f"{worker} {path}\n".encode())
         return read_image(path, **options)
 
-    monkeypatch.setattr("utils.cache.read_image", noting)
+    monkeypatch.setattr("data.cache.read_image", noting)
     train_set = VocDataset(samples, (32, 32), train=True, mosaic_prob=1)
     sampler = EpochBatchSampler(len(samples), 8)
     loader = TrainingLoader(train_set, sampler, num_workers=3, pin_memory=False)

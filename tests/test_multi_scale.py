@@ -4,12 +4,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data.loader import to_input
 from engine.console import progress_text
 from engine.figures import FIGURES, EpochFigures, HostFigures
 from engine.guard import NonFiniteGuard
 from engine.multi_scale import INPUT_FIGURES, MultiScale
 from engine.recipe import Phase, Recipe
-from engine.step import to_input
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4

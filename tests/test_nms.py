@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from metrics.nms import non_max_suppression
 from utils.boxes import pairwise_iou
-from utils.nms import non_max_suppression
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,7 +145,7 @@ def test_a_torchvision_of_another_torch_is_named_with_its_cure(tmp_path):
         f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]\n"
         "import torch\n"
         "from utils.errors import run_script\n"
-        "from utils.nms import non_max_suppression\n"
+        "from metrics.nms import non_max_suppression\n"
         "run_script(lambda: non_max_suppression(torch.ones(1, 2, 6), 0.5, 0.5))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.voc import read_split
 from engine.pictures import MOST_BOXES, SHOWN_HW, batch_picture, detections_picture
 from utils.draw import class_colour
-from utils.voc import read_split
 
 
 def has_colour(image, class_id):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from data.cache import PictureCache
+from data.dataset import VocDataset, collate
+from data.pixel_file import STALE_SECONDS, PixelFile, pixel_file
+from data.voc import read_split
 from tests.factory import add_picture, write_split
-from utils.cache import PictureCache
-from utils.dataset import VocDataset, collate
 from utils.errors import UserError
-from utils.pixel_file import STALE_SECONDS, PixelFile, pixel_file
-from utils.voc import read_split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,7 +125,7 @@ def test_spawned_workers_map_the_file_themselves(samples, tmp_path):
 WRITER = """
 import sys, time
 import numpy as np
-from utils.pixel_file import pixel_file
+from data.pixel_file import pixel_file
 
 def parts():
     for i in range(20):
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_one_is_said_before_anything_is_decoded(
     samples, tmp_path, name, budget, monkeypatch
 ):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("utils.cache.read_image", lambda *_, **__: pytest.fail("decoded"))
+    monkeypatch.setattr("data.cache.read_image", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(UserError, match=r"cache_dir .*cannot be used"):
         PictureCache(samples, (99, 99), budget, folder=str(tmp_path / name))
 

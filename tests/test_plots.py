@@ -8,9 +8,9 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from losses.conf_cells import CellHistogram, ConfCells
-from utils.calibration import reliability
-from utils.plots import (
+from losses.conf.cells import CellHistogram, ConfCells
+from metrics.calibration import reliability
+from metrics.plots import (
     column,
     cumulative_share,
     envelope,

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import predict
+from data.image import read_image
 from engine.predictor import Predictor
 from tests.test_predictor import (
     CLASS_NAMES,
@@ -19,7 +20,6 @@ from tests.test_predictor import (
 )
 from utils.draw import draw_detections
 from utils.errors import UserError
-from utils.image import read_image
 from utils.video import VideoReader, VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.checkpoint import build_model, read_checkpoint, save_checkpoint
+from data.letterbox import letterbox, letterbox_to_image
 from engine.predictor import Detections, Predictor, to_rgb
+from metrics.nms import non_max_suppression
+from nets.decode import decode
 from nets.yolo import YoloV4
-from utils.decode import decode
 from utils.errors import UserError
-from utils.letterbox import letterbox, letterbox_to_image
-from utils.nms import non_max_suppression
+from weights.checkpoint import build_model, read_checkpoint, save_checkpoint
 
 CLASS_NAMES = ["disc", "Möhre", "猫"]
 ANCHORS = [(8, 9), (12, 16), (19, 13), (25, 30), (40, 28), (33, 50), (60, 55), (72, 40), (80, 64)]

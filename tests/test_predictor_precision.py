@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import build_model, read_checkpoint
 from engine.predictor import Predictor
 from engine.recipe import detection_dtype
+from nets.decode import decode
 from tests.test_predictor import (
     ANCHORS,
     INPUT_SHAPE,
@@ -14,8 +14,8 @@ from tests.test_predictor import (
     random_picture,
     write_checkpoint,
 )
-from utils.decode import decode
 from utils.errors import UserError
+from weights.checkpoint import build_model, read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from losses.confidence import build_conf_loss
-from losses.ranks import sum_over_ranks
+from losses.conf import build_conf_loss
+from utils.distributed import sum_over_ranks
 
 SPECS = ("ghm(bins=6)", 'focal(alpha="auto")')
 

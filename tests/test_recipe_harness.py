@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.recipe import RECIPES
-from tools.compare_plan import Plan
-from tools.compare_runs import train_command
+from lab.plan import Plan
+from lab.runs import train_command
 
 
 def command(voc, save_dir, *more):

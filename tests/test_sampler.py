@@ -4,8 +4,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from utils.errors import UserError
-from utils.sampler import (
+from data.sampler import (
     BLOCK,
     EpochBatchSampler,
     EpochBlocks,
@@ -13,7 +12,8 @@ from utils.sampler import (
     random_generator,
     repeat_factors,
 )
-from utils.voc import Sample
+from data.voc import Sample
+from utils.errors import UserError
 
 
 def epoch_batches(length, batch_size, epoch=0, start_step=0, **kwargs):

@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from engine.scoring import format_table, score_detections
-from utils.calibration import best_f1_threshold, expected_calibration_error, reliability
-from utils.voc import Sample
+from data.voc import Sample
+from metrics.calibration import best_f1_threshold, expected_calibration_error, reliability
+from metrics.scoring import format_table, score_detections
 
 NAMES = ("cat", "dog", "cow", "owl")
 PLACES = np.array([[x, 0, x + 20, 20] for x in range(0, 600, 30)], np.float32)  # do not overlap

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoint import save_checkpoint
+from data.voc import Sample
 from engine.start import (
     SCRATCH_SCALE_XY,
     build_network,
@@ -13,13 +13,13 @@ from engine.start import (
     other_decode,
     set_prior,
 )
-from nets.darknet_format import layout_of_cut, save_darknet_weights, size_of
-from nets.weights import LoadReport
+from nets.decode import YOLOV4_ANCHORS
 from nets.yolo import OBJECTNESS, SCRATCH_PRIOR
 from tests.weight_files import ANCHORS, SMALL, same, small_model
-from utils.decode import YOLOV4_ANCHORS
 from utils.errors import UserError
-from utils.voc import Sample
+from weights.checkpoint import save_checkpoint
+from weights.darknet import layout_of_cut, save_darknet_weights, size_of
+from weights.loading import LoadReport
 
 NAMES = ("cat", "dog")
 

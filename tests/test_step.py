@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from data.loader import to_input
 from engine.optimizer import Ema, build_optimizer
-from engine.step import TrainStep, state_to_come, to_input
+from engine.step import TrainStep, state_to_come
 
 CPU = torch.device("cpu")
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import train
-from engine.checkpoint import save_checkpoint
-from nets.darknet_format import layout_of, layout_of_cut, save_darknet_weights, size_of
-from nets.fork_format import BACKBONE, fork_names
+from nets.decode import YOLOV4_ANCHORS
 from nets.yolo import YoloV4
 from tests.training import checkpoint_of, flags, rows_of
-from utils.decode import YOLOV4_ANCHORS
 from utils.errors import run_script
+from weights.checkpoint import save_checkpoint
+from weights.darknet import layout_of, layout_of_cut, save_darknet_weights, size_of
+from weights.fork import BACKBONE, fork_names
 
 SIZE = {"width": 0.01, "depth": 0.01}  # that of tests.training
 SCRATCH = [2.0, 2.0, 2.0]

@@ -1,14 +1,14 @@
 import torch
 
+from data.augment import Augmentation
+from data.dataset import VocDataset
+from data.voc import read_class_names, read_split
 from engine.recipe import Phase, Recipe
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
+from nets.decode import read_anchors
 from nets.yolo import YoloV4
 from tools.make_sample_voc import make_sample
-from utils.augment import Augmentation
-from utils.dataset import VocDataset
-from utils.decode import read_anchors
-from utils.voc import read_class_names, read_split
 
 INPUT_SHAPE = (128, 128)
 SCALE_XY = (2.0, 2.0, 2.0)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.image import read_image
+from data.voc import read_class_names, read_split, scan_split
 from tests.factory import add_picture, annotation_xml, coloured_boxes, write_split
 from utils.errors import UserError
-from utils.image import read_image
-from utils.voc import read_class_names, read_split, scan_split
 
 CAT = (220, 40, 40)
 NAMES = ("cat", "dog")

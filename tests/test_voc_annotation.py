@@ -2,8 +2,8 @@
 
 import pytest
 
+from data.voc_annotation import read_annotation
 from utils.errors import UserError
-from utils.voc_annotation import read_annotation
 
 
 def box(low=1, high=9):

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.voc import read_split, scan_split
+from data.voc_tree import parse_spec
 from tests.factory import add_picture, write_split
 from utils.errors import UserError
-from utils.voc import read_split, scan_split
-from utils.voc_tree import parse_spec
 
 NAMES = ("cat", "dog")
 

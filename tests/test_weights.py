@@ -7,10 +7,6 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from nets.darknet_format import Header
-from nets.fork_format import fork_names
-from nets.weights import load_weights
-from nets.weights_file import FORMAT_VERSION, read_torch_file, read_weights
 from nets.yolo import YoloV4
 from tests.weight_files import (
     SMALL,
@@ -22,6 +18,10 @@ from tests.weight_files import (
     write_darknet,
 )
 from utils.errors import UserError
+from weights.darknet import Header
+from weights.fork import fork_names
+from weights.loading import load_weights
+from weights.reading import FORMAT_VERSION, read_torch_file, read_weights
 
 OUTPUTS = {
     f"head_{level}.output.{kind}" for level in ("p3", "p4", "p5") for kind in ("weight", "bias")

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from engine.checkpoint import build_model
 from nets.cpu.winograd import WinogradConv, use_winograd
 from nets.fold import fold_batch_norm
 from nets.yolo import YoloV4
+from weights.checkpoint import build_model
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from losses.confidence import CONF_LOSSES
+from losses.conf import CONF_LOSSES
 from losses.yolo_loss import YOLOLoss
+from nets.decode import decode
 from tests.reference_loss import ANCHORS
 from tests.test_yolo_loss import SHAPE, make_loss, make_outputs, make_targets, values
-from utils.decode import decode
 from utils.errors import UserError
 
 

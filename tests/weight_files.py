@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from nets.weights import load_weights
 from nets.yolo import YoloV4
 from utils.errors import UserError
+from weights.loading import load_weights
 
 SMALL = {"width": 0.05, "depth": 0.1}
 ANCHORS = (

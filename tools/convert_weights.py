@@ -22,8 +22,21 @@ import tyro
 from torch import Tensor
 from tyro.conf import Positional, arg
 
-from engine.checkpoint import REQUIRED_KEYS, cpu_copy, save_checkpoint
-from engine.foreign import (
+from data.voc import read_class_names
+from nets.yolo import YoloV4
+from utils.errors import UserError, run_script, summarise
+from utils.files import replacing
+from weights.checkpoint import REQUIRED_KEYS, cpu_copy, save_checkpoint
+from weights.darknet import (
+    CUTS,
+    DARKNET_SCALE_XY,
+    Header,
+    layout_of,
+    layout_of_cut,
+    write_darknet_tensors,
+)
+from weights.darknet_cfg import Cfg, write_cfg
+from weights.foreign import (
     FileFacts,
     as_checkpoint,
     complete,
@@ -32,22 +45,9 @@ from engine.foreign import (
     read_own,
     structure,
 )
-from nets.darknet_cfg import Cfg, write_cfg
-from nets.darknet_format import (
-    CUTS,
-    DARKNET_SCALE_XY,
-    Header,
-    layout_of,
-    layout_of_cut,
-    write_darknet_tensors,
-)
-from nets.fork_format import BACKBONE, FORK_SCALE_XY, fork_names
-from nets.weights import check_backbone, check_finite, match, with_counters
-from nets.weights_file import DARKNET, WeightsFile, read_weights
-from nets.yolo import YoloV4
-from utils.errors import UserError, run_script, summarise
-from utils.files import replacing
-from utils.voc import read_class_names
+from weights.fork import BACKBONE, FORK_SCALE_XY, fork_names
+from weights.loading import check_backbone, check_finite, match, with_counters
+from weights.reading import DARKNET, WeightsFile, read_weights
 
 SUFFIXES = {".weights": "darknet", ".pth": "original fork", ".pt": "checkpoint"}
 

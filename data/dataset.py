@@ -1,0 +1,179 @@
+"""VOC pictures as network input: letterboxed for validation, augmented for training."""
+
+import dataclasses
+import math
+import signal
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.augment import Augmentation, Picture, mixup, random_mosaic, random_single
+from data.cache import GIB, PictureCache
+from data.letterbox import image_to_letterbox, letterbox
+from data.sampler import EpochBlocks, random_generator, repeat_factors
+from data.voc import Sample
+from utils.errors import UserError
+from utils.heap import keep_freed_memory
+
+Item = tuple[Tensor, Tensor]
+
+
+class VocDataset(Dataset[Item]):
+    """Items (image, targets): uint8 (3, H, W) RGB and float32 (n, 5) of class_id, cx, cy, w, h.
+
+    The four are fractions of the network input; class_id -1 is an ignore region (a difficult
+    object). train=False letterboxes. train=True augments: every item depends on (seed, epoch,
+    index) alone, so that worker count and resuming change nothing; the partners of a mosaic come
+    from the picture's `EpochBlocks`. mixup_prob is the share of the mosaics that are mixed with one
+    more picture. `cache` keeps decoded pictures in memory, up to `cache_gb` GiB, and those beyond
+    in a file in `cache_dir` where one is given. repeat_threshold: classes in a smaller share of the
+    images are oversampled (`repeat_factors`). For training cached images are shrunk to fit the
+    largest `scale` times the input.
+
+    Raises UserError for a probability outside 0..1, a negative seed or a cache_dir that cannot be
+    written.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        input_shape: tuple[int, int],
+        *,
+        train: bool,
+        mosaic_prob: float = 0.5,
+        mixup_prob: float = 0.5,
+        cache: bool = False,
+        cache_gb: float = 2.0,
+        cache_dir: str = "",
+        seed: int = 0,
+        repeat_threshold: float = 0.0,
+        augmentation: Augmentation | None = None,
+    ):
+        for name, prob in (("mosaic_prob", mosaic_prob), ("mixup_prob", mixup_prob)):
+            if not 0 <= prob <= 1:
+                raise UserError(f"{name} is {prob}; give a number from 0 to 1.")
+        if not 0 <= repeat_threshold <= 1:
+            raise UserError(f"repeat_threshold is {repeat_threshold}; give a number from 0 to 1.")
+        random_generator(seed)  # says now, not in a worker, that a seed is negative
+        self.samples, self.input_shape, self.train = samples, tuple(input_shape), train
+        self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
+        self.augmentation = augmentation or Augmentation()
+        # Validation keeps what letterbox makes of a picture, so that the cache changes no pixel.
+        scales = (self.augmentation.scale[1], self.augmentation.mosaic_scale[1])
+        limit_hw = tuple(math.ceil(side * max(scales)) for side in self.input_shape)
+        limit_hw = limit_hw if train else self.input_shape
+        self._pictures = PictureCache(
+            samples,
+            limit_hw,
+            int(cache_gb * GIB) if cache else 0,
+            reduced=train,
+            folder=cache_dir if cache else "",
+        )
+        self.repeats = repeat_factors(samples, repeat_threshold)
+        self._blocks = EpochBlocks(len(samples), seed=seed, repeats=self.repeats)
+        # Shared memory: persistent workers hold copies of this object, but see this tensor.
+        self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()
+
+    def set_epoch(self, epoch: int, *, strong: bool = True) -> None:
+        """Choose the epoch's random numbers, in all workers; without `strong`, no mosaic, no mixup.
+
+        Call it before iterating over a DataLoader: workers read ahead.
+        """
+        self._epoch_and_strong.copy_(torch.tensor([epoch, int(strong)]))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        if self.repeats is None:
+            index = range(len(self))[index]  # negative ones from the end; IndexError beyond it
+        return self._augmented(index) if self.train else self._letterboxed(index)
+
+    def _letterboxed(self, index: int) -> Item:
+        sample = self.samples[index]
+        image = letterbox(self._pictures.read(index), self.input_shape)
+        boxes_xyxy = torch.from_numpy(sample.boxes_xyxy)
+        boxes_xyxy = image_to_letterbox(boxes_xyxy, sample.image_hw, self.input_shape)
+        return to_item(Picture(image, boxes_xyxy.numpy(), target_ids(sample)))
+
+    def _augmented(self, index: int) -> Item:
+        epoch, strong = self._epoch_and_strong.tolist()
+        rng = random_generator(self.seed, epoch, index)
+        if not strong or rng.random() >= self.mosaic_prob:
+            return to_item(self._single(index, rng))
+        near = self._blocks.around(index, epoch=epoch)
+        *partners, mixed = near[rng.integers(len(near), size=4)].tolist()
+        indices = rng.permutation([index, *partners])
+        sources = [self._source(i) for i in indices.tolist()]
+        picture = random_mosaic(sources, self.input_shape, augmentation=self.augmentation, rng=rng)
+        if rng.random() < self.mixup_prob:
+            picture = mixup(picture, self._single(mixed, rng))
+        return to_item(picture)
+
+    def _single(self, index: int, rng: np.random.Generator) -> Picture:
+        source = self._source(index)
+        return random_single(source, self.input_shape, augmentation=self.augmentation, rng=rng)
+
+    def _source(self, index: int) -> "StoredPicture":
+        index %= len(self)  # of an image that is repeated in the epoch
+        return StoredPicture(self.samples[index], self._pictures, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPicture:
+    """A picture of a cache or on disk with its objects: a Source of the augmentation."""
+
+    sample: Sample
+    pictures: PictureCache
+    index: int
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        return self.sample.image_hw
+
+    def for_size(self, size_hw: tuple[int, int]) -> Picture:
+        image, (down, across) = self.pictures.read_for(self.index, size_hw)
+        scale = np.array((across, down, across, down), np.float32)
+        return Picture(image, self.sample.boxes_xyxy * scale, target_ids(self.sample))
+
+
+def target_ids(sample: Sample) -> np.ndarray:
+    """Class ids to train on: -1, an ignore region, for difficult objects."""
+    return np.where(sample.difficult, -1, sample.class_ids)
+
+
+def to_item(picture: Picture) -> Item:
+    """A picture of the network input's size as tensors; the image stays (H, W, 3) in memory."""
+    height, width = picture.image_hw
+    corners = picture.boxes_xyxy / np.float32((width, height, width, height))
+    targets = np.empty((len(corners), 5), np.float32)
+    targets[:, 0] = picture.class_ids
+    targets[:, 1:3] = (corners[:, :2] + corners[:, 2:]) / 2
+    targets[:, 3:] = corners[:, 2:] - corners[:, :2]
+    return torch.from_numpy(picture.image).permute(2, 0, 1), torch.from_numpy(targets)
+
+
+def collate(items: Sequence[Item]) -> Item:
+    """Items -> images uint8 (B, 3, H, W) in channels_last memory, targets (N, 6).
+
+    A target is image_index, class_id, cx, cy, w, h. For `DataLoader(collate_fn=collate)`.
+    """
+    images, targets = zip(*items, strict=True)
+    batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    counts = torch.tensor([len(target) for target in targets])
+    image_index = torch.arange(len(items)).repeat_interleave(counts)
+    return batch, torch.cat((image_index[:, None].float(), torch.cat(targets)), dim=1)
+
+
+def init_worker(_worker_id: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: a worker goes on loading until it is told to end.
+
+    Ctrl-C reaches all processes of a terminal: the main one decides. Its memory for pictures is
+    kept: a forked worker has inherited the setting of the trainer's first step.
+    """
+    keep_freed_memory()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,203 @@
+"""Files of other programs used as if they were checkpoints: what they lack is given beside them."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.voc import read_class_names
+from nets.decode import read_anchors
+from nets.yolo import YoloV4, check_input
+from utils.errors import UserError, summarise
+from weights.checkpoint import read_checkpoint
+from weights.darknet import is_darknet
+from weights.darknet_cfg import read_cfg
+from weights.loading import check_backbone, check_finite, match, with_counters
+from weights.reading import (
+    DARKNET,
+    WeightsFile,
+    read_start,
+    read_torch_file,
+    read_weights,
+    with_classes,
+)
+
+# Nobody has measured the score of best F1 of such a file; this is darknet's own default.
+STAND_IN_THRESHOLD = 0.25
+WANTED = {
+    "class_names": (
+        "--classes_path FILE       names of its {} classes, one a line "
+        "(COCO's: model_data/coco_classes.txt)"
+    ),
+    "anchors": "--anchors_path FILE       its nine anchors (YOLOv4's: model_data/yolo_anchors.txt)",
+    "input_shape": "--input_shape 416 416     size of its input, height and width",
+    "scale_xy": "--scale_xy 1.2 1.1 1.05   reach of centres (darknet's: these; the fork's: 1 1 1)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFacts:
+    """What a weights file of another program does not say, as flags; None or "": not given.
+
+    scale_xy is known for darknet's files and the original fork's, and counts there when given.
+    cfg: a darknet .cfg, which says anchors_path, input_shape and scale_xy at once.
+    """
+
+    classes_path: str = ""
+    anchors_path: str = ""
+    input_shape: tuple[int, int] | None = None
+    scale_xy: tuple[float, float, float] | None = None
+    cfg: str = ""
+    width: float | None = None  # None: 1.0
+    depth: float | None = None
+
+    def given(self) -> list[str]:
+        """The flags that were given."""
+        return [f"--{name}" for name, value in vars(self).items() if value not in ("", None)]
+
+    def scaling(self) -> dict[str, float]:
+        """Width and depth of the network."""
+        values = {"width": self.width, "depth": self.depth}
+        return {name: 1.0 if value is None else value for name, value in values.items()}
+
+
+def file_facts(config: Any) -> FileFacts:
+    """The facts among the knobs of a script's Config."""
+    names = [field.name for field in dataclasses.fields(FileFacts)]
+    return FileFacts(**{name: getattr(config, name) for name in names})
+
+
+def read_network(path: str | Path, facts: FileFacts) -> dict[str, Any]:
+    """A checkpoint of ours, or another program's weights as one; for evaluation and detection.
+
+    Raises UserError if the file cannot be used, if facts are missing, or if they are given for a
+    checkpoint, which says them itself.
+    """
+    return read_own(path, facts) or as_checkpoint(path, facts)
+
+
+def read_own(path: str | Path, facts: FileFacts) -> dict[str, Any] | None:
+    """A checkpoint of ours; None for a file of another kind. Raises as `read_network`."""
+    if is_darknet(read_start(path)):
+        return None
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or "format_version" not in content:
+        return None
+    if facts.given():
+        raise UserError(
+            f"{path} is a checkpoint, which says itself what it needs: leave "
+            f"{', '.join(facts.given())} out, meant for files of other programs."
+        )
+    checkpoint = read_checkpoint(path)
+    tensors = checkpoint["model"].items()
+    check_finite({n: t for n, t in tensors if isinstance(t, Tensor)}, str(path))
+    return checkpoint
+
+
+def as_checkpoint(path: str | Path, facts: FileFacts) -> dict[str, Any]:
+    """Another program's whole network in the form of a checkpoint. Raises as `read_network`."""
+    scaling = facts.scaling()
+    weights = read_weights(path, structure(1, **scaling))
+    if weights.num_classes is None:
+        raise UserError(
+            f"{weights.source}: part of a network, without outputs. A training can start from it "
+            f"(train.py --weights {path}); it cannot detect."
+        )
+    known = complete(weights, facts)
+    class_names = read_class_names(facts.classes_path)
+    weights = with_classes(weights, class_names)
+    return {
+        "model": fitting_tensors(weights, structure(len(class_names), **scaling)),
+        "class_names": list(class_names),
+        **scaling,
+        **known,
+        "conf_loss": "bce",
+        "conf_threshold": STAND_IN_THRESHOLD,
+        "config": {},
+        "epoch": 0,
+        "metrics": {},
+        **({DARKNET: dataclasses.asdict(weights.header)} if weights.header else {}),
+    }
+
+
+def structure(num_classes: int, *, width: float, depth: float) -> YoloV4:
+    """A network without values, on torch's meta device."""
+    with torch.device("meta"):
+        return YoloV4(num_classes, width=width, depth=depth)
+
+
+def known_facts(weights: WeightsFile, facts: FileFacts) -> dict[str, Any]:
+    """anchors, input_shape and scale_xy, from the facts and the file; None where neither says it.
+
+    A flag of its own counts more than the .cfg, and that more than what the kind of file implies.
+    Raises UserError for values that cannot be, and for a .cfg of other weights.
+    """
+    known = {"anchors": None, "input_shape": None, "scale_xy": weights.scale_xy}
+    if facts.cfg:
+        cfg = read_cfg(facts.cfg, **facts.scaling())
+        if weights.num_classes not in (None, cfg.num_classes):
+            raise UserError(
+                f"{facts.cfg} is for {cfg.num_classes} classes, {weights.source} holds "
+                f"{weights.num_classes}. Give the .cfg that belongs to the weights."
+            )
+        known = {name: getattr(cfg, name) for name in known}
+    if facts.anchors_path:
+        known["anchors"] = read_anchors(facts.anchors_path)
+    known["input_shape"] = facts.input_shape or known["input_shape"]
+    known["scale_xy"] = facts.scale_xy or known["scale_xy"]
+    if known["input_shape"]:
+        check_input(torch.Size((1, 3, *known["input_shape"])))
+    if known["scale_xy"]:
+        check_scale_xy(known["scale_xy"])
+    return known
+
+
+def check_scale_xy(scale_xy: Sequence[float]) -> None:
+    """Raises UserError for a reach that no centre can have."""
+    if not all(0 < reach < math.inf for reach in scale_xy):
+        raise UserError(
+            f"scale_xy {' '.join(map(str, scale_xy))}: give three numbers above 0, such as 1.2 1.1 "
+            "1.05 for darknet's weights or 1 1 1 for the original fork's."
+        )
+
+
+def complete(
+    weights: WeightsFile, facts: FileFacts, *, classes: bool = True
+) -> dict[str, list[Any]]:
+    """anchors, input_shape and scale_xy, all known.
+
+    classes: class names are needed too. Raises UserError as `known_facts`, and one that names all
+    the flags that are missing.
+    """
+    known = known_facts(weights, facts)
+    missing = [flag for name, flag in WANTED.items() if name in known and not known[name]]
+    hint = "\nIts darknet .cfg, if there is one, says all but the names: --cfg FILE"
+    hint = hint if missing else ""
+    if classes and not facts.classes_path:
+        missing.insert(0, WANTED["class_names"].format(weights.num_classes))
+    if missing:
+        raise UserError(
+            f"{weights.source} does not say everything. Add:\n  " + "\n  ".join(missing) + hint
+        )
+    anchors = [list(anchor) for anchor in known["anchors"]]
+    return {**{name: list(value) for name, value in known.items()}, "anchors": anchors}
+
+
+def fitting_tensors(weights: WeightsFile, network: YoloV4) -> dict[str, Tensor]:
+    """All tensors of the network. Raises UserError if the file lacks one or one does not fit."""
+    expected = network.state_dict()
+    report = match(expected, weights, weights.class_names)
+    check_backbone(report)
+    unfit = [name for name in report.skipped if name in expected]
+    if unfit:
+        raise UserError(
+            f"{weights.source}: {summarise(unfit)}: {report.skipped[unfit[0]]}. "
+            "Use the width and depth of the weights."
+        )
+    tensors = {name: weights.tensors[name] for name in report.loaded}
+    check_finite(tensors, weights.source)
+    return with_counters(tensors, network)

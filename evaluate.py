@@ -31,9 +31,9 @@ class Config:
     data: str = "VOCdevkit/VOC2007:test"  # split to evaluate on, ROOT:SPLIT, several joined by +
     save_dir: str = ""  # folder for the results; empty: logs/evaluate-<time>
     device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
-    batch_size: int = 8  # pictures at a time; halve it on "out of memory"
-    num_workers: int = 2  # processes that read pictures; 0 reads them in this one
-    skip_bad: bool = False  # go on without broken pictures and annotations
+    batch_size: int = 8  # images at a time; halve it on "out of memory"
+    num_workers: int = 2  # processes that read images; 0 reads them in this one
+    skip_bad: bool = False  # go on without broken images and annotations
     include_difficult: bool = False  # count `difficult` objects; VOC leaves them out
 
     # For darknet's .weights and the original fork's .pth, which do not say these themselves
@@ -90,7 +90,7 @@ def main() -> None:
     fixed = evaluation.at_threshold(checkpoint["conf_threshold"])
     print(format_table(evaluation))
     print(format_fixed(fixed, checkpoint, config.data))
-    print(f"{evaluation.pictures_per_second:.1f} pictures/s, reading included, on {device}")
+    print(f"{evaluation.images_per_second:.1f} images/s, reading included, on {device}")
     write_results(folder, evaluation, fixed, config)
     print(f"wrote evaluation.json, precision_recall.png and reliability.png to {folder}")
 
@@ -118,7 +118,7 @@ def make_folder(folder: Path) -> None:
 def write_results(
     folder: Path, evaluation: Evaluation, fixed: OperatingPoint, config: Config
 ) -> None:
-    """evaluation.json and the two pictures; those of an earlier evaluation are replaced."""
+    """evaluation.json and the two images; those of an earlier evaluation are replaced."""
     results = {
         **evaluation.to_json(),
         "at_checkpoint_threshold": fixed._asdict(),

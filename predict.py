@@ -1,4 +1,4 @@
-"""Find objects in pictures and videos: python predict.py --weights logs/RUN/best.pt --source S
+"""Find objects in images and videos: python predict.py --weights logs/RUN/best.pt --source S
 
 For weights of darknet or the original fork: --weights F --classes_path NAMES --cfg CFG, or without
 a .cfg --anchors_path and --input_shape. What is still missing is said.
@@ -33,14 +33,14 @@ RECORDS = "detections.jsonl"
 class Config:
     # Edit here. Every line is also a flag; its comment is the flag's help.
     weights: str = ""  # best.pt or last.pt of a run, or darknet's .weights, or the fork's .pth
-    source: str = ""  # a picture, a video file, or a folder of both
+    source: str = ""  # an image, a video file, or a folder of both
     save_dir: str = ""  # folder for the results; empty: logs/predict-<time>
     conf_threshold: float | None = None  # lowest score shown; None: the checkpoint's, of best F1
     class_thresholds: bool = False  # use, instead, each class's own threshold of best F1
     nms_iou: float = 0.45  # of two boxes of a class that overlap more, only the better is shown
     device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
     amp: str = "auto"  # auto: fp16 on a GPU, off on a CPU; or bf16, fp16, off
-    batch_size: int = 8  # pictures or frames at a time; halve it on "out of memory"
+    batch_size: int = 8  # images or frames at a time; halve it on "out of memory"
 
     # For darknet's .weights and the original fork's .pth, which do not say these themselves
     classes_path: str = ""  # for .weights, .pth: class names, one a line
@@ -62,7 +62,7 @@ def main() -> None:
         )
     if config.batch_size < 1:
         raise UserError(f"--batch_size is {config.batch_size}: give 1 or more.")
-    pictures, videos, left_out = find_sources(config.source)
+    images, videos, left_out = find_sources(config.source)
     predictor = Predictor(
         config.weights,
         device=config.device or None,
@@ -75,7 +75,7 @@ def main() -> None:
     folder = results_folder(config.save_dir, config.source)
 
     started = time.perf_counter()
-    with Results(folder, [*pictures, *videos]) as results:
+    with Results(folder, [*images, *videos]) as results:
         if left_out:
             results.notes.append(left_out)
         if predictor.stand_in:
@@ -83,57 +83,57 @@ def main() -> None:
                 f"score >= {predictor.conf_threshold:.4g} is a stand-in: no evaluation has "
                 "measured a better one for these weights. --conf_threshold gives another score"
             )
-        predict_pictures(pictures, predictor, results, config.batch_size)
+        predict_images(images, predictor, results, config.batch_size)
         for path in videos:
             predict_video(path, predictor, results, config.batch_size)
     print(results.summary(predictor, time.perf_counter() - started))
     if results.failures:
         raise UserError(
-            f"{len(results.failures)} of {len(pictures) + len(videos)} files could not be done:\n"
+            f"{len(results.failures)} of {len(images) + len(videos)} files could not be done:\n"
             + "\n".join(f"  {failure}" for failure in results.failures)
         )
 
 
 def find_sources(source: str) -> tuple[list[Path], list[Path], str]:
-    """The pictures and the videos to work on, sorted, and a sentence on what a folder has besides.
+    """The images and the videos to work on, sorted, and a sentence on what a folder has besides.
 
     Of a folder only its own files count, not those of its subfolders.
     Raises UserError if there is nothing to work on.
     """
     path = Path(source)
     if not source or not path.exists():
-        raise UserError(f"--source {source!r} is not there: give a picture, a video or a folder.")
+        raise UserError(f"--source {source!r} is not there: give an image, a video or a folder.")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     visible = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    pictures = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
+    images = [file for file in visible if file.suffix.lower() in IMAGE_SUFFIXES]
     videos = [file for file in visible if file.suffix.lower() in VIDEO_SUFFIXES]
-    if not pictures and not videos:
+    if not images and not videos:
         raise UserError(
-            f"--source {source}: no picture ({' '.join(IMAGE_SUFFIXES)}) "
+            f"--source {source}: no image ({' '.join(IMAGE_SUFFIXES)}) "
             f"and no video ({' '.join(VIDEO_SUFFIXES)})."
         )
-    others = len(files) - len(pictures) - len(videos)
-    return pictures, videos, f"{source}: {others} other files or folders left out" if others else ""
+    others = len(files) - len(images) - len(videos)
+    return images, videos, f"{source}: {others} other files or folders left out" if others else ""
 
 
 def results_folder(save_dir: str, source: str) -> Path:
     """The folder for the results, which is not yet made."""
     folder = Path(save_dir or time.strftime("logs/predict-%Y%m%d-%H%M%S"))
     if folder.resolve() == Path(source).resolve():
-        raise UserError(f"--save_dir {folder} is the source: results would mix with your pictures.")
+        raise UserError(f"--save_dir {folder} is the source: results would mix with your images.")
     return folder
 
 
-def predict_pictures(
+def predict_images(
     paths: Sequence[Path], predictor: Predictor, results: "Results", batch_size: int
 ) -> None:
-    """Detect in pictures and write them with their boxes; unreadable ones become failures."""
-    progress = tqdm(paths, desc="pictures", unit="picture", disable=not paths)
+    """Detect in images and write them with their boxes; unreadable ones become failures."""
+    progress = tqdm(paths, desc="images", unit="image", disable=not paths)
 
     def keep(batch: list[tuple[Path, np.ndarray]], detections: list[Detections]) -> None:
         for (path, image), found in zip(batch, detections, strict=True):
             results.add(path, None, image.shape[:2], found)
-            write_picture(results.free_path(path.name), draw_detections(image, found))
+            write_image(results.free_path(path.name), draw_detections(image, found))
 
     with Behind() as behind:
         for batch in ahead(batches(readable(progress, results), batch_size)):
@@ -141,7 +141,7 @@ def predict_pictures(
 
 
 def readable(paths: Iterable[Path], results: "Results") -> Iterator[tuple[Path, np.ndarray]]:
-    """Each path with its picture, leaving out and noting those that cannot be read."""
+    """Each path with its image, leaving out and noting those that cannot be read."""
     for path in paths:
         try:
             yield path, read_image(path)
@@ -177,7 +177,7 @@ def batches(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def write_picture(path: Path, image_rgb: np.ndarray) -> None:
+def write_image(path: Path, image_rgb: np.ndarray) -> None:
     """Write in the format of the suffix; a JPEG at quality 95."""
     # Encoded in memory: on Windows cv2.imwrite takes no path with other than ASCII letters.
     _, data = cv2.imencode(path.suffix, cv2.cvtColor(image_rgb, cv2.COLOR_RGB2BGR))
@@ -199,7 +199,7 @@ class Results:
         self.notes: list[str] = []
         self.failures: list[str] = []
         self.boxes_per_class: Counter[str] = Counter()
-        self.pictures = 0
+        self.images = 0
         self.max_score = 0.0
         self._made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
@@ -221,7 +221,7 @@ class Results:
         self._records.close()
         if not (self.folder / RECORDS).stat().st_size:
             (self.folder / RECORDS).unlink()
-        if not self.pictures:
+        if not self.images:
             with suppress(OSError):  # whatever else came to lie there stays
                 for path in self._made:
                     path.rmdir()
@@ -244,7 +244,7 @@ class Results:
     def add(
         self, source: Path, frame: int | None, image_hw: tuple[int, int], found: Detections
     ) -> None:
-        """Write the line of a picture (frame None) or of a video's frame, counted from 0."""
+        """Write the line of an image (frame None) or of a video's frame, counted from 0."""
         rows = zip(
             found.boxes_xyxy.tolist(), found.scores.tolist(), found.class_ids.tolist(), strict=True
         )
@@ -257,9 +257,9 @@ class Results:
             }
             for box, score, class_id in rows
         ]
-        if self.pictures == 0:
+        if self.images == 0:
             self._records.truncate(0)
-        self.pictures += 1
+        self.images += 1
         self.boxes_per_class.update(box["class_name"] for box in boxes)
         record = {
             "source": str(source),
@@ -273,12 +273,12 @@ class Results:
     def summary(self, predictor: Predictor, seconds: float) -> str:
         """Boxes per class, speed, place, and whatever was odd."""
         precision = str(predictor.dtype).removeprefix("torch.")
-        if not self.pictures:
+        if not self.images:
             lines = ["nothing could be read: nothing is written"]
         else:
             lines = [
                 self._boxes_line(predictor),
-                f"{self.pictures} pictures or frames, {self.pictures / seconds:.1f} a second "
+                f"{self.images} images or frames, {self.images / seconds:.1f} a second "
                 f"on {predictor.device} in {precision}, reading and writing included",
                 f"wrote {self.folder} with {RECORDS}",
             ]

@@ -1,4 +1,4 @@
-"""Train YOLOv4 on VOC-format pictures: edit the constants of Config, or give them as flags."""
+"""Train YOLOv4 on VOC-format images: edit the constants of Config, or give them as flags."""
 
 import dataclasses
 import inspect
@@ -57,9 +57,9 @@ class Config:
     val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt
     classes_path: str = "model_data/voc_classes.txt"  # class names, one a line
     anchors_path: str = ""  # nine w,h in pixels of the input; "": YOLOv4's, fitted to the objects
-    skip_bad: bool = False  # go on without the pictures that cannot be used
+    skip_bad: bool = False  # go on without the images that cannot be used
     include_difficult: bool = False  # learn and count difficult objects like any other
-    cache: bool = False  # keep decoded pictures in memory
+    cache: bool = False  # keep decoded images in memory
     cache_gb: float = 2.0  # as many of them as fit into this
     cache_dir: str = ""  # with --cache: the others in a file here, also for later runs; "": none
 
@@ -91,12 +91,12 @@ class Config:
     # Optimisation
     epochs: int = 0  # total epochs, including --freeze_epochs; 0: from the number of images
     patience: int = 0  # stop after so many epochs without a better validation AP50; 0: never
-    batch_size: int = 8  # pictures a GPU; halve it on "out of memory"
+    batch_size: int = 8  # images a GPU; halve it on "out of memory"
     accumulate: int = 1  # batches an update
     freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
-    freeze_batch_size: int = 16  # pictures a GPU in these epochs
+    freeze_batch_size: int = 16  # images a GPU in these epochs
     optimizer: str = "adamw"  # sgd, adam or adamw
-    lr: float | None = None  # for 64 pictures an update; scaled, clamped. None: by optimizer
+    lr: float | None = None  # for 64 images an update; scaled, clamped. None: by optimizer
     momentum: float = 0.937  # of SGD; beta1 of Adam
     weight_decay: float | None = None  # of convolutions; None: SGD 5e-4, Adam 0, AdamW .05
     schedule: str = "cosine"  # cosine with warm-up, or step
@@ -114,13 +114,13 @@ class Config:
     scale: tuple[float, float] = (0.5, 1.5)  # size of a single image relative to the input
     mosaic_scale: tuple[float, float] = (0.6, 1.5)  # size of the images of a mosaic
     jitter: float = 0.1  # change of aspect ratio
-    flip_prob: float = 0.5  # share of mirrored pictures
+    flip_prob: float = 0.5  # share of mirrored images
     hsv: tuple[float, float, float] = (0.015, 0.7, 0.4)  # change of hue, saturation, value
     multi_scale: float = 0.0  # the input's size changes by up to this share every ten steps; 0: no
 
     # Run
     device: str = ""  # cpu, cuda or cuda:1; "" takes a GPU when there is one
-    num_workers: int = 4  # processes that load pictures; 0 loads in this one
+    num_workers: int = 4  # processes that load images; 0 loads in this one
     seed: int = 0  # of weights, order and augmentation
     deterministic: bool = False  # the same numbers every time, slower on a GPU
     log_period: int = 10  # steps between looks at the cells; the first of an epoch has one too
@@ -322,7 +322,7 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
 
 
 def training_set(config: Config, samples: list[Sample]) -> VocDataset:
-    """The augmented training pictures."""
+    """The augmented training images."""
     hue, saturation, value = config.hsv
     colour = {"hue": hue, "saturation": saturation, "value": value}
     strength = shared(config, ("scale", "mosaic_scale", "jitter", "flip_prob"))

@@ -34,7 +34,7 @@ class Config:
     device: str = "cpu"  # cpu or cuda
     small: bool = False  # tiny sizes, to see that every script runs; the figures mean nothing
     append: bool = False  # add the table to benchmarks/RESULTS.md
-    data: str = ""  # of the cuda rows that train: a split, ROOT:SPLIT, in place of drawn pictures
+    data: str = ""  # of the cuda rows that train: a split, ROOT:SPLIT, in place of drawn images
     classes_path: str = ""  # its class names
 
 

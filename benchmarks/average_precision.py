@@ -2,7 +2,7 @@
 
     python -m benchmarks.average_precision
 
-5,000 pictures with 7 objects and 100 detections each, 20 classes. Both get the same boxes; the
+5,000 images with 7 objects and 100 detections each, 20 classes. Both get the same boxes; the
 COCO figures must agree.
 """
 
@@ -18,15 +18,15 @@ from metrics.scoring import score_detections
 from tests.coco_reference import pycocotools_figures
 from utils.errors import UserError, run_script
 
-SIDE = 500  # pixels of a picture
+SIDE = 500  # pixels of an image
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Every line is a flag; its comment is the flag's help.
-    pictures: int = 5000
-    detections: int = 100  # a picture
-    objects: int = 7  # a picture
+    images: int = 5000
+    detections: int = 100  # an image
+    objects: int = 7  # an image
     num_classes: int = 20
     seed: int = 0
 
@@ -34,7 +34,7 @@ class Config:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     rng = np.random.default_rng(config.seed)
-    samples = [random_sample(index, config, rng) for index in range(config.pictures)]
+    samples = [random_sample(index, config, rng) for index in range(config.images)]
     detections = [random_detections(sample, config, rng) for sample in samples]
     names = [str(index) for index in range(config.num_classes)]
 

@@ -27,10 +27,10 @@ class Config:
     device: str = "cpu"  # cpu or cuda
     width: float = 0.25  # channels against YOLOv4's
     depth: float = 0.34  # residual blocks against YOLOv4's
-    batch_size: int = 8  # pictures
+    batch_size: int = 8  # images
     input_shape: tuple[int, int] = (224, 224)  # height, width in pixels; multiples of 32
     num_classes: int = 3  # of the network
-    boxes: int = 12  # ground truths a picture
+    boxes: int = 12  # ground truths an image
     conf_loss: str = "focal"  # confidence loss
     log_period: int = 10  # of train.py: one step in so many looks at the cells
     rounds: int = 30  # timed steps of each, alternating

@@ -1,4 +1,4 @@
-"""From a picture to its boxes, batch 1: ours beside the original fork's method, and others.
+"""From an image to its boxes, batch 1: ours beside the original fork's method, and others.
 
     python -m benchmarks.detect [--device cuda]
     python -m benchmarks.detect --network --engines onnxruntime openvino   # pip install them, onnx
@@ -40,7 +40,7 @@ from weights.checkpoint import save_checkpoint
 from weights.foreign import FileFacts, as_checkpoint
 
 ENGINES = ("onnxruntime", "openvino")
-PICTURE = "picture.jpg"
+IMAGE = "image.jpg"
 LOWEST, NMS_IOU = 0.001, 0.3  # the threshold before the right one is known; the fork's NMS
 
 
@@ -49,12 +49,12 @@ class Config:
     # Every line is a flag; its comment is the flag's help.
     device: str = "cpu"  # cpu or cuda
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
-    picture: tuple[int, int] = (480, 640)  # height, width of the picture
+    image: tuple[int, int] = (480, 640)  # height, width of the image
     num_classes: int = 20
     boxes: int = 150  # that each path keeps; ours keeps 300 at most
     network: bool = False  # time the network alone
     engines: tuple[str, ...] = ()  # beside it: onnxruntime, openvino
-    pictures: int = 8  # timed ones of a process
+    images: int = 8  # timed ones of a process
     rounds: int = 3  # processes of each variant
     seed: int = 0
     amp: str = "off"  # of ours: off, fp16 or bf16
@@ -94,11 +94,11 @@ def measure(config: Config) -> dict[str, float]:
     """Median seconds of one variant, and how many boxes it finds."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        fork = random_network(config, draw_picture(folder, config))
-        detect = (network_alone if config.network else picture_to_boxes)(fork, folder, config)
+        fork = random_network(config, draw_image(folder, config))
+        detect = (network_alone if config.network else image_to_boxes)(fork, folder, config)
         boxes = len(detect())  # of the network alone, its maps
         seconds = []
-        for _ in range(config.pictures):
+        for _ in range(config.images):
             synchronize(config.device)
             start = time.perf_counter()
             detect()
@@ -112,7 +112,7 @@ def random_network(config: Config, path: Path) -> ForkYolo:
     """Random weights whose outputs differ between cells, as a trained network's do.
 
     As torch initialises it, all cells give the same score: the input is lost on the way. So BN
-    takes its statistics from the picture, as both ways show it, and the heads give logits of 1.5.
+    takes its statistics from the image, as both ways show it, and the heads give logits of 1.5.
     """
     torch.manual_seed(config.seed)
     fork = ForkYolo(config.num_classes)
@@ -131,9 +131,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], np.ndarray]:
-    """A call that finds `config.boxes` boxes in a picture and returns their scores."""
-    path = folder / PICTURE
+def image_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], np.ndarray]:
+    """A call that finds `config.boxes` boxes in an image and returns their scores."""
+    path = folder / IMAGE
     if config.variant == "ours":
         predictor = as_predictor(fork, folder, config)
 
@@ -156,10 +156,10 @@ def picture_to_boxes(fork: ForkYolo, folder: Path, config: Config) -> Callable[[
     return lambda: detect(threshold)
 
 
-def draw_picture(folder: Path, config: Config) -> Path:
-    path = folder / PICTURE
+def draw_image(folder: Path, config: Config) -> Path:
+    path = folder / IMAGE
     pixels = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
-    size = config.picture[::-1]
+    size = config.image[::-1]
     Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, quality=90)
     return path
 
@@ -226,7 +226,7 @@ def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
 
 @torch.no_grad()
 def fork_detect(network: ForkYolo, path: Path, config: Config, threshold: float) -> np.ndarray:
-    """(n, 6) boxes as fractions of the picture, score, class: plain resize, NMS class by class."""
+    """(n, 6) boxes as fractions of the image, score, class: plain resize, NMS class by class."""
     outputs = network(fork_input(path, config)[None].to(config.device))
     boxes = torch.cat([fork_decode(raw, scale, config) for scale, raw in enumerate(outputs)])
     corners = torch.cat((boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2), dim=1)

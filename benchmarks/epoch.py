@@ -5,7 +5,7 @@
     python -m benchmarks.epoch --width 0.1 --depth 0.1 --steps 5   # a small run on the CPU
 
 The data set's first epoch is repeated until it fills all steps: without --cache a worker may still
-have small data sets decoded. Without --data 400 pictures are drawn.
+have small data sets decoded. Without --data 400 images are drawn.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.loader import Config as LoaderConfig
-from benchmarks.loader import draw_pictures
+from benchmarks.loader import draw_images
 from benchmarks.loss import synchronize
 from data.dataset import VocDataset
 from data.loader import TrainingLoader
@@ -39,14 +39,14 @@ from utils.errors import UserError, run_script
 class Config:
     # Every line is a flag; its comment is the flag's help.
     device: str = "cpu"  # cpu or cuda
-    data: str = ""  # a split, ROOT:SPLIT, in place of drawn pictures
+    data: str = ""  # a split, ROOT:SPLIT, in place of drawn images
     classes_path: str = ""  # its class names
     width: float = 1.0
     depth: float = 1.0
-    batch_size: int = 8  # pictures
+    batch_size: int = 8  # images
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     num_workers: int = 2
-    cache: bool = False  # decoded pictures in memory
+    cache: bool = False  # decoded images in memory
     amp: str = "off"  # off, bf16 or fp16
     warm_up: int = 3  # steps before the clock starts
     steps: int = 100  # timed ones
@@ -64,15 +64,15 @@ def main() -> None:
         alone = rate(step, itertools.repeat(first), config, warm_up=config.warm_up)
         loaded = rate(step, batches, config, warm_up=config.warm_up + in_store(config))
     print(f"{config}, torch {torch.__version__}")
-    print(f"one batch again and again {alone:8.1f} pictures/s")
-    print(f"from the loader           {loaded:8.1f} pictures/s")
+    print(f"one batch again and again {alone:8.1f} images/s")
+    print(f"from the loader           {loaded:8.1f} images/s")
     print(f"ratio {loaded / alone:.3f} (loader / one batch)")
 
 
 def find_samples(config: Config, folder: Path) -> tuple[list[Sample], int]:
     """The data set and its number of classes."""
     if not config.data:
-        return draw_pictures(folder, LoaderConfig(pictures=400)), 3
+        return draw_images(folder, LoaderConfig(images=400)), 3
     names = read_class_names(config.classes_path)
     return read_split(config.data, names), len(names)
 
@@ -123,7 +123,7 @@ def in_store(config: Config) -> int:
 def rate(
     step: TrainStep, batches: Iterable[tuple[Tensor, Tensor]], config: Config, *, warm_up: int
 ) -> float:
-    """Pictures a second, after the warm-up."""
+    """Images a second, after the warm-up."""
     for number, batch in enumerate(itertools.islice(batches, warm_up + config.steps)):
         if number == warm_up:
             synchronize(step.device)

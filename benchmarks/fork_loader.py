@@ -13,14 +13,14 @@ from PIL import Image
 
 GREY = (128, 128, 128)
 HSV_RANGES = (0.1, 0.7, 0.4)
-# Which sides of the centre each picture takes: top left, bottom left, bottom right, top right.
+# Which sides of the centre each image takes: top left, bottom left, bottom right, top right.
 RIGHT, BELOW = (False, False, True, True), (False, True, True, False)
 
 
 def mosaic_sample(
     items: Sequence[tuple[Path, np.ndarray]], input_hw: tuple[int, int], rng: Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Four labelled pictures as float32 (3, H, W) in 0..1 and boxes as cx, cy, w, h fractions."""
+    """Four labelled images as float32 (3, H, W) in 0..1 and boxes as cx, cy, w, h fractions."""
     height, width = input_hw
     centre = int(width * rng.uniform(0.3, 0.7)), int(height * rng.uniform(0.3, 0.7))
     canvas, kept = np.zeros((height, width, 3), np.uint8), []
@@ -45,7 +45,7 @@ def place(
     corner: tuple[bool, bool],
     rng: Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The picture on a grey canvas of the input's size, one corner at the centre; its boxes."""
+    """The image on a grey canvas of the input's size, one corner at the centre; its boxes."""
     height, width = input_hw
     image = Image.open(path).convert("RGB")
     full_width, full_height = image.size

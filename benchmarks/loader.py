@@ -4,8 +4,8 @@
 
 Mosaic, flip and HSV at 416 x 416, in one process without threads, from disk (warm file cache) and
 from the in-memory cache, in alternating rounds. Ours takes the samples in an epoch's order, where
-mosaics share their partners (data.sampler.EpochBlocks), so that it decodes a picture once. Without
---data the pictures are drawn: 640 x 480 JPEG files of 68 kB.
+mosaics share their partners (data.sampler.EpochBlocks), so that it decodes an image once. Without
+--data the images are drawn: 640 x 480 JPEG files of 68 kB.
 """
 
 import dataclasses
@@ -36,18 +36,18 @@ from utils.errors import run_script
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Every line is a flag; its comment is the flag's help.
-    data: str = ""  # a split, ROOT:SPLIT, in place of drawn pictures
+    data: str = ""  # a split, ROOT:SPLIT, in place of drawn images
     classes_path: str = ""  # its class names
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
-    pictures: int = 1000  # drawn ones
+    images: int = 1000  # drawn ones
     samples: int = 100  # a round
     rounds: int = 7  # of each method
-    boxes: int = 6  # a picture
+    boxes: int = 6  # an image
     # for benchmarks.original: one alone, as JSON
     variant: Literal["", "fork", "ours", "ours, cached"] = ""
 
 
-PICTURE_HW = (480, 640)
+IMAGE_HW = (480, 640)
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
         if config.data:
             samples = read_split(config.data, read_class_names(config.classes_path))
         else:
-            samples = draw_pictures(Path(folder), config)
+            samples = draw_images(Path(folder), config)
         rates = measure(methods(samples, config), config)
         if config.variant:
             print(json.dumps({"seconds": 1 / rates[config.variant]}))
@@ -71,15 +71,15 @@ def main() -> None:
     print(f"four resizes and HSV {1e3 * parts['draw']:.2f} ms")
 
 
-def draw_pictures(folder: Path, config: Config) -> list[Sample]:
-    """Textured JPEG pictures, about 68 kB each, as photographs of the size are."""
+def draw_images(folder: Path, config: Config) -> list[Sample]:
+    """Textured JPEG images, about 68 kB each, as photographs of the size are."""
     rng = np.random.default_rng(0)
     samples = []
-    for index in range(config.pictures):
-        image = np.zeros((*PICTURE_HW, 3), np.float32)
+    for index in range(config.images):
+        image = np.zeros((*IMAGE_HW, 3), np.float32)
         for cells, strength in ((4, 110), (16, 60), (64, 40), (256, 25)):
             noise = rng.random((cells * 3 // 4, cells, 3), dtype=np.float32) - 0.5
-            image += strength * cv2.resize(noise, PICTURE_HW[::-1], interpolation=cv2.INTER_CUBIC)
+            image += strength * cv2.resize(noise, IMAGE_HW[::-1], interpolation=cv2.INTER_CUBIC)
         path = folder / f"{index}.jpg"
         pixels = (image + 128).clip(0, 255).astype(np.uint8)
         cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
@@ -88,15 +88,15 @@ def draw_pictures(folder: Path, config: Config) -> list[Sample]:
 
 
 def label(path: Path, rng: np.random.Generator, count: int) -> Sample:
-    """A picture with random boxes."""
-    height, width = PICTURE_HW
+    """An image with random boxes."""
+    height, width = IMAGE_HW
     centres = rng.uniform(0.1, 0.9, (count, 2)) * (width, height)
     sides = rng.uniform(0.02, 0.3, (count, 2)) * (width, height)
     boxes = np.concatenate((centres - sides / 2, centres + sides / 2), axis=1)
     return Sample(
         image_path=str(path),
         image_id=path.stem,
-        image_hw=PICTURE_HW,
+        image_hw=IMAGE_HW,
         class_ids=rng.integers(0, 3, count),
         boxes_xyxy=boxes.clip(0, (width, height) * 2).astype(np.float32),
         difficult=np.zeros(count, dtype=bool),

@@ -25,10 +25,10 @@ from utils.errors import UserError, run_script
 class Config:
     # Every line is also a flag; its comment is the flag's help.
     device: str = "cpu"  # cpu or cuda
-    batch_size: int = 8  # pictures
+    batch_size: int = 8  # images
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels; multiples of 32
     num_classes: int = 80  # as COCO
-    boxes: int = 15  # ground truths a picture
+    boxes: int = 15  # ground truths an image
     focal_loss: bool = False  # the focal confidence term instead of BCE
     assigner: str = "best_anchor"  # of ours; the reference knows best_anchor alone
     rounds: int = 10  # timed steps of each, alternating

@@ -6,7 +6,7 @@
         --loss_batch 32 --loss_boxes 50 --step_batch 64
 
 loss: its YOLOLoss over three scales, forward and backward. sample: an item of its data set, mosaic
-and HSV from JPEGs of 640 x 480. step: its network, loss and SGD. detect: a picture's file to its
+and HSV from JPEGs of 640 x 480. step: its network, loss and SGD. detect: an image's file to its
 boxes as its yolo.py goes, without the drawing. Its own code runs, unchanged, on the inputs of
 benchmarks.loss, loader, step and detect; each variant in processes of its own, in turn.
 """
@@ -47,11 +47,11 @@ class Config:
     device: str = "cpu"  # cpu or cuda; a sample is made on the CPU in any case
     rounds: int = 3  # processes of each variant, in turn
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
-    loss_batch: int = 8  # pictures of the loss row
-    loss_boxes: int = 15  # its boxes a picture
+    loss_batch: int = 8  # images of the loss row
+    loss_boxes: int = 15  # its boxes an image
     samples: int = 50  # of the sample row, a process
-    pictures: int = 400  # JPEGs that they are made of: more than a worker keeps decoded
-    step_batch: int = 4  # pictures of the step row
+    images: int = 400  # JPEGs that they are made of: more than a worker keeps decoded
+    step_batch: int = 4  # images of the step row
     steps: int = 2  # timed ones of a process
     detections: int = 8  # timed ones of a process
     amp: str = "off"  # of our step: off, bf16 or fp16
@@ -102,7 +102,7 @@ def make_rows(config: Config) -> dict[str, Row]:
         device=device, input_shape=shape, batch_size=config.loss_batch, boxes=config.loss_boxes
     )
     samples = loader.Config(
-        input_shape=shape, pictures=config.pictures, samples=config.samples, rounds=1
+        input_shape=shape, images=config.images, samples=config.samples, rounds=1
     )
     steps = step.Config(
         device=device,
@@ -111,13 +111,13 @@ def make_rows(config: Config) -> dict[str, Row]:
         steps=config.steps,
         amp=config.amp,
     )
-    pictures = detect.Config(device=device, input_shape=shape, pictures=config.detections)
+    images = detect.Config(device=device, input_shape=shape, images=config.detections)
     cached = ("ours", "ours, cached")
     return {
         "loss": Row("benchmarks.loss", losses, write_maps, stand_in="reference"),
-        "sample": Row("benchmarks.loader", samples, write_pictures, ours=cached),
+        "sample": Row("benchmarks.loader", samples, write_images, ours=cached),
         "step": Row("benchmarks.step", steps, write_batch),
-        "detect": Row("benchmarks.detect", pictures, write_network),
+        "detect": Row("benchmarks.detect", images, write_network),
     }
 
 
@@ -126,10 +126,10 @@ def write_maps(settings: loss.Config, folder: Path) -> None:
     torch.save(([raw.detach() for raw in maps], targets), folder / "batch.pt")
 
 
-def write_pictures(settings: loader.Config, folder: Path) -> None:
+def write_images(settings: loader.Config, folder: Path) -> None:
     """JPEGs, and the fork's annotation lines: the file, then its boxes in whole pixels."""
     lines = []
-    for sample in loader.draw_pictures(folder, settings):
+    for sample in loader.draw_images(folder, settings):
         boxes = [
             ",".join(str(round(float(number))) for number in (*box, class_id))
             for box, class_id in zip(sample.boxes_xyxy, sample.class_ids, strict=True)
@@ -143,7 +143,7 @@ def write_batch(settings: step.Config, folder: Path) -> None:
 
 
 def write_network(settings: detect.Config, folder: Path) -> None:
-    path = detect.draw_picture(folder, settings)
+    path = detect.draw_image(folder, settings)
     torch.save(detect.random_network(settings, path).state_dict(), folder / "fork.pth")
 
 

@@ -36,7 +36,7 @@ def run_loss(job: dict[str, Any]) -> dict[str, float]:
     """Forward and backward over the three scales, from the coarsest, as its training goes."""
     maps, targets = torch.load("batch.pt", map_location=job["device"])
     maps = [raw.requires_grad_() for raw in reversed(maps)]
-    truths, loss = by_picture(targets, len(maps[0])), make_loss(job)
+    truths, loss = by_image(targets, len(maps[0])), make_loss(job)
 
     def run() -> Tensor:
         for raw in maps:
@@ -62,8 +62,8 @@ def make_loss(job: dict[str, Any]) -> nn.Module:
     return OneDevice(anchors, job["num_classes"], job["input_shape"], cuda)
 
 
-def by_picture(targets: Tensor, batch: int) -> list[Tensor]:
-    """(N, 6) index, class, cx, cy, w, h -> for each picture (n, 5) cx, cy, w, h, class."""
+def by_image(targets: Tensor, batch: int) -> list[Tensor]:
+    """(N, 6) index, class, cx, cy, w, h -> for each image (n, 5) cx, cy, w, h, class."""
     columns = targets[:, [2, 3, 4, 5, 1]]
     return [columns[targets[:, 0] == index] for index in range(batch)]
 
@@ -94,7 +94,7 @@ def run_step(job: dict[str, Any]) -> dict[str, float]:
 
     images, targets = torch.load("batch.pt")
     images = images.float() / 255  # by its loader's workers: not part of the step
-    truths = by_picture(targets.to(job["device"]), len(images))
+    truths = by_image(targets.to(job["device"]), len(images))
     model = YoloBody(MASK, job["num_classes"]).to(job["device"]).train()
     loss, optimizer = make_loss(job), make_optimizer(model)
 
@@ -118,18 +118,18 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def run_detect(job: dict[str, Any]) -> dict[str, float]:
-    """A picture's file to its boxes, without the drawing, at the threshold that keeps so many."""
+    """An image's file to its boxes, without the drawing, at the threshold that keeps so many."""
     find = make_detector(job)
     scores = np.sort(find(job["lowest"]))
     if len(scores) < job["boxes"]:
         sys.exit(f"the original finds {len(scores)} boxes, fewer than the {job['boxes']} wanted")
     threshold = float(scores[-job["boxes"]])
-    seconds = median_seconds(lambda: find(threshold), job["pictures"], job)
+    seconds = median_seconds(lambda: find(threshold), job["images"], job)
     return {"seconds": seconds, "boxes": len(find(threshold))}
 
 
 def make_detector(job: dict[str, Any]) -> Callable[[float], np.ndarray]:
-    """What finds a picture's boxes at a threshold and returns their scores."""
+    """What finds an image's boxes at a threshold and returns their scores."""
     from nets.yolo import YoloBody
     from utils.utils import cvtColor, preprocess_input, resize_image
     from utils.utils_bbox import DecodeBox
@@ -142,15 +142,15 @@ def make_detector(job: dict[str, Any]) -> Callable[[float], np.ndarray]:
 
     @torch.no_grad()
     def find(threshold: float) -> np.ndarray:
-        image = Image.open("picture.jpg")
-        picture_hw = np.shape(image)[:2]
+        image = Image.open("image.jpg")
+        image_hw = np.shape(image)[:2]
         resized = resize_image(cvtColor(image), (width, height), False)
         pixels = preprocess_input(np.array(resized, dtype=np.float32)).transpose(2, 0, 1)[None]
         decoded = torch.cat(
             boxes.decode_box(network(torch.from_numpy(pixels).to(job["device"]))), 1
         )
         limits = {"conf_thres": threshold, "nms_thres": job["nms_iou"]}
-        shapes = (height, width), picture_hw
+        shapes = (height, width), image_hw
         rows = boxes.non_max_suppression(decoded, classes, *shapes, False, **limits)[0]
         return rows[:, 4] * rows[:, 5]
 

@@ -133,7 +133,7 @@ def frozen_network() -> YoloV4:
         if name.endswith(("bn.weight", "running_var")):
             values = 1 + 0.2 * np.tanh(values)
         elif len(shape) == 4:
-            # 1.5 makes up for the activations: with 1 the picture has no say in the result.
+            # 1.5 makes up for the activations: with 1 the image has no say in the result.
             values *= (2 if ".output." in name else 1.5) / np.prod(shape[1:]) ** 0.5
         else:
             values *= 0.1

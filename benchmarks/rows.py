@@ -44,7 +44,7 @@ class Row:
 
 
 def network_flops() -> float:
-    """Of one picture's forward pass, full size, 20 classes."""
+    """Of one image's forward pass, full size, 20 classes."""
     return convolution_flops(trace_layers(meta_model(20), INPUT))
 
 
@@ -89,7 +89,7 @@ LOSS = Figure(
     floor=loss_floor,
 )
 DETECTION = Figure(
-    what="picture to boxes, batch 1, 150 boxes kept by both",
+    what="image to boxes, batch 1, 150 boxes kept by both",
     aim="1.4 x",
     found=rf"ratio {NUMBER} \(fork",
     base=rf"ours\s+{NUMBER} ms",
@@ -132,12 +132,12 @@ CPU_ROWS = (
                 floor=loader_floor("four resizes and HSV"),
             ),
         ),
-        small="--rounds 1 --samples 4 --pictures 8",
+        small="--rounds 1 --samples 4 --images 8",
     ),
     Row(
         "benchmarks.detect",
         (DETECTION,),
-        small="--input_shape 96 96 --rounds 1 --pictures 1 --boxes 9",
+        small="--input_shape 96 96 --rounds 1 --images 1 --boxes 9",
     ),
     Row(
         "benchmarks.step --rounds 2",
@@ -151,12 +151,12 @@ CPU_ROWS = (
         "benchmarks.average_precision",
         (
             Figure(
-                what="mAP of 5,000 pictures x 100 boxes x 20 classes, pycocotools",
+                what="mAP of 5,000 images x 100 boxes x 20 classes, pycocotools",
                 aim="10 x",
                 found=rf"ours, COCO  .*?{NUMBER} x as fast",
             ),
         ),
-        small="--pictures 50",
+        small="--images 50",
     ),
 )
 
@@ -193,22 +193,22 @@ CUDA_ROWS = (
         small="--input_shape 64 64 --rounds 1 --steps 1 --batch_size 1",
     ),
     Row(
-        "benchmarks.detect --device cuda --pictures 30",
+        "benchmarks.detect --device cuda --images 30",
         (
             dataclasses.replace(
-                DETECTION, what="picture to boxes, batch 1, float32 in both, 150 boxes", floor=None
+                DETECTION, what="image to boxes, batch 1, float32 in both, 150 boxes", floor=None
             ),
         ),
-        small="--input_shape 96 96 --rounds 1 --pictures 1 --boxes 9",
+        small="--input_shape 96 96 --rounds 1 --images 1 --boxes 9",
     ),
     Row(
-        "benchmarks.detect --device cuda --pictures 30 --amp fp16",
+        "benchmarks.detect --device cuda --images 30 --amp fp16",
         (
             dataclasses.replace(
                 DETECTION, what="the same, ours in half precision", aim="", floor=None
             ),
         ),
-        small="--input_shape 96 96 --rounds 1 --pictures 1 --boxes 9",
+        small="--input_shape 96 96 --rounds 1 --images 1 --boxes 9",
     ),
     Row(
         "benchmarks.cells --device cuda --width 1 --depth 1 --batch_size 16",

@@ -43,10 +43,10 @@ MIB = 2**20
 class Config:
     # Every line is a flag; its comment is the flag's help.
     device: str = "cpu"  # cpu or cuda
-    batch_size: int = 4  # pictures
+    batch_size: int = 4  # images
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     num_classes: int = 20
-    boxes: int = 8  # a picture
+    boxes: int = 8  # an image
     amp: str = "off"  # of ours: off, bf16 or fp16
     recompute: bool = False  # of ours
     network: bool = False  # the network alone: no loss, no optimizer
@@ -112,7 +112,7 @@ def measure(config: Config) -> dict[str, float]:
 
 
 def make_batch(config: Config) -> tuple[Tensor, Tensor]:
-    """uint8 (B, 3, H, W) pictures and (N, 6) targets."""
+    """uint8 (B, 3, H, W) images and (N, 6) targets."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (config.batch_size, 3, *config.input_shape), dtype=torch.uint8)
     targets = torch.rand(config.batch_size * config.boxes, 6)

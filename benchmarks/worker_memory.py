@@ -4,7 +4,7 @@
 
 Linux only. PSS, the proportional set size, counts a page that n processes share as an nth in each:
 that is what a worker costs. `own` are pages that nobody shares: a copy of the cache would be there.
-From disk and cached run in processes of their own. Without --data the pictures are drawn.
+From disk and cached run in processes of their own. Without --data the images are drawn.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ MIB = 2**20
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Every line is a flag; its comment is the flag's help.
-    data: str = ""  # a split, ROOT:SPLIT, in place of 64 drawn pictures
+    data: str = ""  # a split, ROOT:SPLIT, in place of 64 drawn images
     classes_path: str = ""  # its class names
-    batch_size: int = 8  # pictures
+    batch_size: int = 8  # images
     input_shape: tuple[int, int] = (416, 416)  # height, width in pixels
     num_workers: int = 2
     epochs: int = 5

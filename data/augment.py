@@ -1,6 +1,6 @@
 """Training augmentation, the original fork's: size and aspect jitter, flip, HSV, mosaic, mixup.
 
-A picture reaches the canvas by one resize, of the part that will be seen. That part and its place
+An image reaches the canvas by one resize, of the part that will be seen. That part and its place
 are whole pixels, and boxes take the scale between the two, so that they follow the pixels exactly.
 """
 
@@ -22,7 +22,7 @@ MOSAIC_QUADRANTS = tuple(itertools.product((False, True), repeat=2))  # (below, 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How strongly pictures are changed; the defaults are the fork's.
+    """How strongly images are changed; the defaults are the fork's.
 
     Raises UserError for a value out of range.
     """
@@ -33,7 +33,7 @@ class Augmentation:
     hue: float = 0.1  # each gain is 1 + U(-1, 1) * this
     saturation: float = 0.7
     value: float = 0.4
-    mosaic_scale: tuple[float, float] = (0.4, 1.0)  # like scale, for each picture of a mosaic
+    mosaic_scale: tuple[float, float] = (0.4, 1.0)  # like scale, for each image of a mosaic
     mosaic_centre: tuple[float, float] = (0.3, 0.7)  # where the seams cross, fraction of the input
     min_visible: float = 0.0  # a box with less of its area in view becomes an ignore region
 
@@ -49,8 +49,8 @@ class Augmentation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """A picture with its objects."""
+class LabelledImage:
+    """An image with its objects."""
 
     image: np.ndarray  # (H, W, 3) uint8 RGB
     boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of `image`
@@ -60,22 +60,22 @@ class Picture:
     def image_hw(self) -> tuple[int, int]:
         return self.image.shape[:2]
 
-    def for_size(self, size_hw: tuple[int, int]) -> "Picture":
+    def for_size(self, size_hw: tuple[int, int]) -> "LabelledImage":
         """Itself: it is in memory, at whatever size it will be drawn."""
         return self
 
 
 class Source(Protocol):
-    """A picture that is read once it is known how large it will be drawn."""
+    """An image that is read once it is known how large it will be drawn."""
 
     image_hw: tuple[int, int]
 
-    def for_size(self, size_hw: tuple[int, int]) -> Picture:
-        """The whole picture, as small as it may be to be drawn at `size_hw`."""
+    def for_size(self, size_hw: tuple[int, int]) -> LabelledImage:
+        """The whole image, as small as it may be to be drawn at `size_hw`."""
 
 
 class Placement(NamedTuple):
-    """A part of a picture and where on the canvas it goes; all edges are whole pixels."""
+    """A part of an image and where on the canvas it goes; all edges are whole pixels."""
 
     part_xyxy: tuple[int, int, int, int]
     canvas_xyxy: tuple[int, int, int, int]
@@ -89,7 +89,7 @@ class Placement(NamedTuple):
         canvas[top:bottom, left:right] = cv2.flip(patch, 1) if self.flip else patch
 
     def box_map(self) -> tuple[tuple[float, ...], ...]:
-        """For boxes of the picture: (smallest, largest, subtract, multiply, add), four each.
+        """For boxes of the image: (smallest, largest, subtract, multiply, add), four each.
 
         A flipped box comes out with its left and right edge exchanged.
         """
@@ -101,7 +101,7 @@ class Placement(NamedTuple):
         return (x1, y1, x1, y1), (x2, y2, x2, y2), (start, y1, start, y1), scale, (left, top) * 2
 
 
-def place_picture(
+def place_image(
     image_hw: tuple[int, int],
     area_xyxy: tuple[int, int, int, int],
     *,
@@ -109,10 +109,10 @@ def place_picture(
     top_left: tuple[int, int],
     flip: bool,
 ) -> Placement:
-    """Where a picture goes that is flipped or not, resized to `size_hw` and put at `top_left`.
+    """Where an image goes that is flipped or not, resized to `size_hw` and put at `top_left`.
 
     What lies outside the area of the canvas is not drawn, but some must lie inside. That part is
-    rounded to whole pixels of the picture, at least one.
+    rounded to whole pixels of the image, at least one.
     """
     (y1, y2, top, bottom), (x1, x2, left, right) = (
         place_side(image_hw[i], area_xyxy[1 - i :: 2], size_hw[i], top_left[i]) for i in (0, 1)
@@ -125,7 +125,7 @@ def place_picture(
 def place_side(
     whole: int, area: tuple[int, int], size: int, offset: int
 ) -> tuple[int, int, int, int]:
-    """One axis of it: the part of the picture from and to, its place on the canvas from and to."""
+    """One axis of it: the part of the image from and to, its place on the canvas from and to."""
     start, stop = max(offset, area[0]), min(offset + size, area[1])
     first = min(round((start - offset) * whole / size), whole - 1)
     last = max(round((stop - offset) * whole / size), first + 1)
@@ -133,17 +133,17 @@ def place_side(
 
 
 def seen_boxes(
-    pictures: Sequence[Picture], placements: Sequence[Placement], *, min_visible: float
+    images: Sequence[LabelledImage], placements: Sequence[Placement], *, min_visible: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes_xyxy (n, 4) float32 and class_ids (n,) of what is seen of placed pictures.
+    """The boxes_xyxy (n, 4) float32 and class_ids (n,) of what is seen of placed images.
 
     Boxes are cut at the edges of the part seen, and dropped when a side is MIN_BOX_SIDE or less; of
     the others, those with less than `min_visible` of their area in view get the class -1. All
-    pictures at once: a call of NumPy costs as much as its work here.
+    images at once: a call of NumPy costs as much as its work here.
     """
-    counts = [len(picture.boxes_xyxy) for picture in pictures]
-    whole = np.concatenate([picture.boxes_xyxy for picture in pictures])
-    class_ids = np.concatenate([picture.class_ids for picture in pictures])
+    counts = [len(image.boxes_xyxy) for image in images]
+    whole = np.concatenate([image.boxes_xyxy for image in images])
+    class_ids = np.concatenate([image.class_ids for image in images])
     maps = np.array([placement.box_map() for placement in placements])
     low, high, subtract, multiply, add = np.repeat(maps, counts, axis=0).transpose(1, 0, 2)
     in_view = np.clip(whole, np.float32(low), np.float32(high))
@@ -187,7 +187,7 @@ def random_hsv(
 
 
 def scale_hsv(image: np.ndarray, gains: Sequence[float]) -> np.ndarray:
-    """Multiply hue, saturation and value of an (H, W, 3) uint8 RGB picture, by tables of 256."""
+    """Multiply hue, saturation and value of an (H, W, 3) uint8 RGB image, by tables of 256."""
     planes = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
     for plane, gain, period in zip(planes, gains, (180, None, None), strict=True):
         levels = np.rint(LEVELS * gain)  # OpenCV's hue is in steps of two degrees
@@ -202,8 +202,8 @@ def random_single(
     *,
     augmentation: Augmentation,
     rng: np.random.Generator,
-) -> Picture:
-    """One picture at a random size and aspect, anywhere on grey, perhaps flipped, recoloured."""
+) -> LabelledImage:
+    """One image at a random size and aspect, anywhere on grey, perhaps flipped, recoloured."""
     canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
     size_hw = random_size(
         source.image_hw, input_hw, scale=augmentation.scale, jitter=augmentation.jitter, rng=rng
@@ -211,14 +211,14 @@ def random_single(
     rooms = [side - size for side, size in zip(input_hw, size_hw, strict=True)]
     top, left = (int(rng.integers(min(0, room), max(0, room), endpoint=True)) for room in rooms)
     flip = rng.random() < augmentation.flip_prob
-    picture = source.for_size(size_hw)
+    image = source.for_size(size_hw)
     area_xyxy = (0, 0, *reversed(input_hw))
-    placement = place_picture(
-        picture.image_hw, area_xyxy, size_hw=size_hw, top_left=(top, left), flip=flip
+    placement = place_image(
+        image.image_hw, area_xyxy, size_hw=size_hw, top_left=(top, left), flip=flip
     )
-    placement.draw(picture.image, canvas)
-    seen = seen_boxes([picture], [placement], min_visible=augmentation.min_visible)
-    return Picture(random_hsv(canvas, augmentation, rng), *seen)
+    placement.draw(image.image, canvas)
+    seen = seen_boxes([image], [placement], min_visible=augmentation.min_visible)
+    return LabelledImage(random_hsv(canvas, augmentation, rng), *seen)
 
 
 def random_mosaic(
@@ -227,8 +227,8 @@ def random_mosaic(
     *,
     augmentation: Augmentation,
     rng: np.random.Generator,
-) -> Picture:
-    """Four pictures around a random crossing, each with a corner at it; boxes end at the seams."""
+) -> LabelledImage:
+    """Four images around a random crossing, each with a corner at it; boxes end at the seams."""
     canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
     fractions = rng.uniform(*augmentation.mosaic_centre, size=2)
     seam = tuple(
@@ -239,11 +239,11 @@ def random_mosaic(
         place_at_corner(*(source, seam, after_seam, input_hw), augmentation=augmentation, rng=rng)
         for source, after_seam in zip(sources, MOSAIC_QUADRANTS, strict=True)
     ]
-    for picture, placement in placed:
-        placement.draw(picture.image, canvas)
-    pictures, placements = zip(*placed, strict=True)
-    seen = seen_boxes(pictures, placements, min_visible=augmentation.min_visible)
-    return Picture(random_hsv(canvas, augmentation, rng), *seen)
+    for image, placement in placed:
+        placement.draw(image.image, canvas)
+    images, placements = zip(*placed, strict=True)
+    seen = seen_boxes(images, placements, min_visible=augmentation.min_visible)
+    return LabelledImage(random_hsv(canvas, augmentation, rng), *seen)
 
 
 def place_at_corner(
@@ -254,8 +254,8 @@ def place_at_corner(
     *,
     augmentation: Augmentation,
     rng: np.random.Generator,
-) -> tuple[Picture, Placement]:
-    """A picture at a random size with a corner at the crossing of the seams (row, column).
+) -> tuple[LabelledImage, Placement]:
+    """An image at a random size with a corner at the crossing of the seams (row, column).
 
     after_seam: whether it is below, and right of, the crossing.
     """
@@ -267,22 +267,22 @@ def place_at_corner(
         rng=rng,
     )
     flip = rng.random() < augmentation.flip_prob
-    picture = source.for_size(size_hw)
+    image = source.for_size(size_hw)
     (row, column), (height, width), (below, right) = seam, input_hw, after_seam
     area_xyxy = (
         *(column if right else 0, row if below else 0),
         *(width if right else column, height if below else row),
     )
     top_left = (row if below else row - size_hw[0], column if right else column - size_hw[1])
-    placement = place_picture(
-        picture.image_hw, area_xyxy, size_hw=size_hw, top_left=top_left, flip=flip
+    placement = place_image(
+        image.image_hw, area_xyxy, size_hw=size_hw, top_left=top_left, flip=flip
     )
-    return picture, placement
+    return image, placement
 
 
-def mixup(first: Picture, second: Picture) -> Picture:
-    """Half and half of two pictures of one size, with the objects of both."""
-    return Picture(
+def mixup(first: LabelledImage, second: LabelledImage) -> LabelledImage:
+    """Half and half of two images of one size, with the objects of both."""
+    return LabelledImage(
         cv2.addWeighted(first.image, 0.5, second.image, 0.5, 0.0),
         np.concatenate((first.boxes_xyxy, second.boxes_xyxy)),
         np.concatenate((first.class_ids, second.class_ids)),

@@ -1,4 +1,4 @@
-"""Decoded pictures in memory and in a file, shared by all workers of a DataLoader."""
+"""Decoded images in memory and in a file, shared by all workers of a DataLoader."""
 
 import os
 from collections import OrderedDict
@@ -19,12 +19,12 @@ from utils.errors import UserError
 
 GIB = 2**30
 REDUCTIONS = (1, 2, 4, 8)  # at which a JPEG can be decoded
-RECENT_BYTES = 128 * 2**20  # 32 pictures of 1160 x 860 with their halves; of 640 x 480 it is 38
-WINDOW = 64  # pictures decoded ahead of whoever takes them
+RECENT_BYTES = 128 * 2**20  # 32 images of 1160 x 860 with their halves; of 640 x 480 it is 38
+WINDOW = 64  # images decoded ahead of whoever takes them
 
 
 def read_sample(sample: Sample, reduction: int = 1) -> np.ndarray:
-    """The (H, W, 3) uint8 RGB picture of a sample, upright, reduced as by `read_image`.
+    """The (H, W, 3) uint8 RGB image of a sample, upright, reduced as by `read_image`.
 
     Raises UserError if it does not have the size that its boxes refer to.
     """
@@ -39,36 +39,36 @@ def read_sample(sample: Sample, reduction: int = 1) -> np.ndarray:
 
 
 def reduced_hw(image_hw: tuple[int, int], reduction: int) -> tuple[int, int]:
-    """The size of a picture reduced by `read_image`."""
+    """The size of an image reduced by `read_image`."""
     return -(-image_hw[0] // reduction), -(-image_hw[1] // reduction)
 
 
 def choose_reduction(image_hw: tuple[int, int], size_hw: tuple[int, int]) -> int:
-    """The strongest reduction of a picture that is to be drawn at `size_hw` and not enlarged."""
+    """The strongest reduction of an image that is to be drawn at `size_hw` and not enlarged."""
     ratio = min(image_hw[0] / size_hw[0], image_hw[1] / size_hw[1])
     return max((reduction for reduction in REDUCTIONS if reduction <= ratio), default=1)
 
 
-class RecentPictures:
-    """The pictures that a process has used last, each in the reductions that were asked for.
+class RecentImages:
+    """The images that a process has used last, each in the reductions that were asked for.
 
-    No more than `limit` pictures and `limit_bytes`: the one that was used longest ago goes first.
+    No more than `limit` images and `limit_bytes`: the one that was used longest ago goes first.
     """
 
     def __init__(self, limit: int, limit_bytes: int):
         self.limit, self.limit_bytes, self._bytes = limit, limit_bytes, 0
-        self._pictures: OrderedDict[int, dict[int, np.ndarray]] = OrderedDict()
+        self._images: OrderedDict[int, dict[int, np.ndarray]] = OrderedDict()
 
     def get(self, index: int, reduction: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """That picture so reduced, made where it is not at hand; it must not be written to."""
-        image = self._pictures.get(index, {}).get(reduction)
+        """That image so reduced, made where it is not at hand; it must not be written to."""
+        image = self._images.get(index, {}).get(reduction)
         if image is None:
             image = make()
-            self._pictures.setdefault(index, {})[reduction] = image
+            self._images.setdefault(index, {})[reduction] = image
             self._bytes += image.nbytes
-        self._pictures.move_to_end(index)
-        while len(self._pictures) > self.limit or self._bytes > self.limit_bytes:
-            _, gone = self._pictures.popitem(last=False)
+        self._images.move_to_end(index)
+        while len(self._images) > self.limit or self._bytes > self.limit_bytes:
+            _, gone = self._images.popitem(last=False)
             self._bytes -= sum(image.nbytes for image in gone.values())
         return image
 
@@ -76,16 +76,16 @@ class RecentPictures:
         return type(self), (self.limit, self.limit_bytes)  # another process starts with none
 
 
-class PictureCache:
-    """Pictures by index: the first ones from memory, the next from a file, the rest decoded anew.
+class ImageCache:
+    """Images by index: the first ones from memory, the next from a file, the rest decoded anew.
 
-    Pictures too large for `limit_hw` (height, width) are kept shrunk to fit in it, as `letterbox`
+    Images too large for `limit_hw` (height, width) are kept shrunk to fit in it, as `letterbox`
     would; none is enlarged. `reduced`: each is also kept at a half, a quarter and an eighth, a
     third more memory, for `read_for`. As many as `budget_bytes` holds are decoded at construction:
     the memory never grows, and forked workers share it. It is one tensor because spawned workers
     then share it too, where a NumPy array would be copied to each. `folder`: what exceeds the
     budget lies in a file there, mapped into the memory of all processes and taken up again by the
-    next run. Without it, a process keeps what it has decoded last (RecentPictures).
+    next run. Without it, a process keeps what it has decoded last (RecentImages).
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class PictureCache:
         ends = np.cumsum([0] + [self._offset(hw, len(REDUCTIONS)) for hw in self._sizes])
         self._in_memory = int(np.searchsorted(ends[1:], budget_bytes, side="right"))
         self._starts = ends[: 1 + (len(samples) if folder else self._in_memory)].tolist()
-        self._recent = RecentPictures(BLOCK, RECENT_BYTES)
+        self._recent = RecentImages(BLOCK, RECENT_BYTES)
         self._pixels = torch.empty(self._starts[self._in_memory], dtype=torch.uint8)
         self._file: PixelFile | None = None
         if self._in_memory < len(self):  # first: a folder that cannot be used is said at once
@@ -112,17 +112,17 @@ class PictureCache:
             self._fill_memory()
 
     def __len__(self) -> int:
-        """How many pictures are in memory or in the file."""
+        """How many images are in memory or in the file."""
         return len(self._starts) - 1
 
     def read(self, index: int) -> np.ndarray:
-        """Picture `index`, (H, W, 3) uint8 RGB; one that is kept must not be written to."""
+        """Image `index`, (H, W, 3) uint8 RGB; one that is kept must not be written to."""
         return self._view(index, 1) if index < len(self) else read_sample(self.samples[index])
 
     def read_for(
         self, index: int, size_hw: tuple[int, int]
     ) -> tuple[np.ndarray, tuple[float, float]]:
-        """Picture `index` as small as it may be to be drawn at `size_hw`, and its scale.
+        """Image `index` as small as it may be to be drawn at `size_hw`, and its scale.
 
         The scale says how many of its pixels make one of the sample's, (down, across). It must not
         be written to.
@@ -139,7 +139,7 @@ class PictureCache:
         return image, (kept[0] / height / reduction, kept[1] / width / reduction)
 
     def _decode(self, index: int, reduction: int) -> tuple[np.ndarray, int]:
-        """A picture from disk and its reduction: by the decoder as far as every size allows, from
+        """An image from disk and its reduction: by the decoder as far as every size allows, from
         there by halves, since it may be wanted larger in a moment."""
         sample = self.samples[index]
         least = choose_reduction(sample.image_hw, self._sizes[index])
@@ -152,7 +152,7 @@ class PictureCache:
         return make(reduction), max(reduction, least)
 
     def _offset(self, kept: tuple[int, int], count: int) -> int:
-        """Bytes that a picture's first `count` reductions take."""
+        """Bytes that an image's first `count` reductions take."""
         sizes = (reduced_hw(kept, reduction) for reduction in self._reductions[:count])
         return sum(3 * height * width for height, width in sizes)
 
@@ -169,7 +169,7 @@ class PictureCache:
     def _fill_memory(self) -> None:
         whole = self._pixels.numpy()
         size = f"{len(whole) / GIB:.2f} GiB"
-        text = f"decoding {self._in_memory} of {len(self.samples)} pictures into memory ({size})"
+        text = f"decoding {self._in_memory} of {len(self.samples)} images into memory ({size})"
         for index, pixels in self._decoded(range(self._in_memory), text):
             whole[self._starts[index] : self._starts[index + 1]] = pixels
 
@@ -178,14 +178,14 @@ class PictureCache:
         rest = range(self._in_memory, len(self))
         content = [(self.samples[i].image_path, self._sizes[i], self._reductions) for i in rest]
         size = self._starts[-1] - len(self._pixels)
-        text = f"decoding {len(rest)} of {len(self.samples)} pictures into {folder}"
+        text = f"decoding {len(rest)} of {len(self.samples)} images into {folder}"
         return pixel_file(
             folder, content, size, (pixels for _, pixels in self._decoded(rest, text))
         )
 
     def _decoded(self, indices: range, text: str) -> Iterator[tuple[int, np.ndarray]]:
-        """Pairs of an index and all bytes of its picture, in order, with a progress bar."""
-        bar = tqdm(desc=text, total=len(indices), unit="picture")
+        """Pairs of an index and all bytes of its image, in order, with a progress bar."""
+        bar = tqdm(desc=text, total=len(indices), unit="image")
         with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, len(indices), WINDOW):
                 window = indices[start : start + WINDOW]
@@ -196,7 +196,7 @@ class PictureCache:
                     bar.update()
 
     def _all_reductions(self, index: int) -> np.ndarray:
-        """(bytes,) a picture's reductions one behind the other: as from disk, unless it is kept
+        """(bytes,) an image's reductions one behind the other: as from disk, unless it is kept
         shrunk."""
         images = [resize(read_sample(self.samples[index]), self._sizes[index])]
         for _ in self._reductions[1:]:
@@ -205,6 +205,6 @@ class PictureCache:
 
 
 def kept_hw(image_hw: tuple[int, int], limit_hw: tuple[int, int]) -> tuple[int, int]:
-    """The size that a picture is kept in: its own, or the one that fits into the limit."""
+    """The size that an image is kept in: its own, or the one that fits into the limit."""
     _, _, height, width = letterbox_geometry(image_hw, limit_hw)
     return min(height, image_hw[0]), min(width, image_hw[1])

@@ -1,4 +1,4 @@
-"""VOC pictures as network input: letterboxed for validation, augmented for training."""
+"""VOC images as network input: letterboxed for validation, augmented for training."""
 
 import dataclasses
 import math
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import Augmentation, Picture, mixup, random_mosaic, random_single
-from data.cache import GIB, PictureCache
+from data.augment import Augmentation, LabelledImage, mixup, random_mosaic, random_single
+from data.cache import GIB, ImageCache
 from data.letterbox import image_to_letterbox, letterbox
 from data.sampler import EpochBlocks, random_generator, repeat_factors
 from data.voc import Sample
@@ -27,8 +27,8 @@ class VocDataset(Dataset[Item]):
     The four are fractions of the network input; class_id -1 is an ignore region (a difficult
     object). train=False letterboxes. train=True augments: every item depends on (seed, epoch,
     index) alone, so that worker count and resuming change nothing; the partners of a mosaic come
-    from the picture's `EpochBlocks`. mixup_prob is the share of the mosaics that are mixed with one
-    more picture. `cache` keeps decoded pictures in memory, up to `cache_gb` GiB, and those beyond
+    from the image's `EpochBlocks`. mixup_prob is the share of the mosaics that are mixed with one
+    more image. `cache` keeps decoded images in memory, up to `cache_gb` GiB, and those beyond
     in a file in `cache_dir` where one is given. repeat_threshold: classes in a smaller share of the
     images are oversampled (`repeat_factors`). For training cached images are shrunk to fit the
     largest `scale` times the input.
@@ -61,11 +61,11 @@ class VocDataset(Dataset[Item]):
         self.samples, self.input_shape, self.train = samples, tuple(input_shape), train
         self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
         self.augmentation = augmentation or Augmentation()
-        # Validation keeps what letterbox makes of a picture, so that the cache changes no pixel.
+        # Validation keeps what letterbox makes of an image, so that the cache changes no pixel.
         scales = (self.augmentation.scale[1], self.augmentation.mosaic_scale[1])
         limit_hw = tuple(math.ceil(side * max(scales)) for side in self.input_shape)
         limit_hw = limit_hw if train else self.input_shape
-        self._pictures = PictureCache(
+        self._images = ImageCache(
             samples,
             limit_hw,
             int(cache_gb * GIB) if cache else 0,
@@ -94,10 +94,10 @@ class VocDataset(Dataset[Item]):
 
     def _letterboxed(self, index: int) -> Item:
         sample = self.samples[index]
-        image = letterbox(self._pictures.read(index), self.input_shape)
+        image = letterbox(self._images.read(index), self.input_shape)
         boxes_xyxy = torch.from_numpy(sample.boxes_xyxy)
         boxes_xyxy = image_to_letterbox(boxes_xyxy, sample.image_hw, self.input_shape)
-        return to_item(Picture(image, boxes_xyxy.numpy(), target_ids(sample)))
+        return to_item(LabelledImage(image, boxes_xyxy.numpy(), target_ids(sample)))
 
     def _augmented(self, index: int) -> Item:
         epoch, strong = self._epoch_and_strong.tolist()
@@ -108,36 +108,36 @@ class VocDataset(Dataset[Item]):
         *partners, mixed = near[rng.integers(len(near), size=4)].tolist()
         indices = rng.permutation([index, *partners])
         sources = [self._source(i) for i in indices.tolist()]
-        picture = random_mosaic(sources, self.input_shape, augmentation=self.augmentation, rng=rng)
+        image = random_mosaic(sources, self.input_shape, augmentation=self.augmentation, rng=rng)
         if rng.random() < self.mixup_prob:
-            picture = mixup(picture, self._single(mixed, rng))
-        return to_item(picture)
+            image = mixup(image, self._single(mixed, rng))
+        return to_item(image)
 
-    def _single(self, index: int, rng: np.random.Generator) -> Picture:
+    def _single(self, index: int, rng: np.random.Generator) -> LabelledImage:
         source = self._source(index)
         return random_single(source, self.input_shape, augmentation=self.augmentation, rng=rng)
 
-    def _source(self, index: int) -> "StoredPicture":
+    def _source(self, index: int) -> "StoredImage":
         index %= len(self)  # of an image that is repeated in the epoch
-        return StoredPicture(self.samples[index], self._pictures, index)
+        return StoredImage(self.samples[index], self._images, index)
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredPicture:
-    """A picture of a cache or on disk with its objects: a Source of the augmentation."""
+class StoredImage:
+    """An image of a cache or on disk with its objects: a Source of the augmentation."""
 
     sample: Sample
-    pictures: PictureCache
+    images: ImageCache
     index: int
 
     @property
     def image_hw(self) -> tuple[int, int]:
         return self.sample.image_hw
 
-    def for_size(self, size_hw: tuple[int, int]) -> Picture:
-        image, (down, across) = self.pictures.read_for(self.index, size_hw)
+    def for_size(self, size_hw: tuple[int, int]) -> LabelledImage:
+        image, (down, across) = self.images.read_for(self.index, size_hw)
         scale = np.array((across, down, across, down), np.float32)
-        return Picture(image, self.sample.boxes_xyxy * scale, target_ids(self.sample))
+        return LabelledImage(image, self.sample.boxes_xyxy * scale, target_ids(self.sample))
 
 
 def target_ids(sample: Sample) -> np.ndarray:
@@ -145,15 +145,15 @@ def target_ids(sample: Sample) -> np.ndarray:
     return np.where(sample.difficult, -1, sample.class_ids)
 
 
-def to_item(picture: Picture) -> Item:
-    """A picture of the network input's size as tensors; the image stays (H, W, 3) in memory."""
-    height, width = picture.image_hw
-    corners = picture.boxes_xyxy / np.float32((width, height, width, height))
+def to_item(image: LabelledImage) -> Item:
+    """An image of the network input's size as tensors; the image stays (H, W, 3) in memory."""
+    height, width = image.image_hw
+    corners = image.boxes_xyxy / np.float32((width, height, width, height))
     targets = np.empty((len(corners), 5), np.float32)
-    targets[:, 0] = picture.class_ids
+    targets[:, 0] = image.class_ids
     targets[:, 1:3] = (corners[:, :2] + corners[:, 2:]) / 2
     targets[:, 3:] = corners[:, 2:] - corners[:, :2]
-    return torch.from_numpy(picture.image).permute(2, 0, 1), torch.from_numpy(targets)
+    return torch.from_numpy(image.image).permute(2, 0, 1), torch.from_numpy(targets)
 
 
 def collate(items: Sequence[Item]) -> Item:
@@ -171,7 +171,7 @@ def collate(items: Sequence[Item]) -> Item:
 def init_worker(_worker_id: int) -> None:
     """For `DataLoader(worker_init_fn=...)`: a worker goes on loading until it is told to end.
 
-    Ctrl-C reaches all processes of a terminal: the main one decides. Its memory for pictures is
+    Ctrl-C reaches all processes of a terminal: the main one decides. Its memory for images is
     kept: a forked worker has inherited the setting of the trainer's first step.
     """
     keep_freed_memory()

@@ -1,7 +1,6 @@
-"""Read pictures of any common kind as upright RGB, and check them without a full decode."""
+"""Read images of any common kind as upright RGB, and check them without a full decode."""
 
 import io
-import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +34,7 @@ _REDUCED_COLOR = {
 }
 
 # Segments of a JPEG that change nothing here: JFIF, quantisation and Huffman tables, restart
-# interval, comment. Not APP1 (EXIF), APP2 (may list more pictures), APP14 (Adobe's colours).
-_HARMLESS_SEGMENTS = (0xE0, 0xDB, 0xC4, 0xDD, 0xFE)
-_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_SCAN = 0xDA
+# interval, comment. Not APP1 (EXIF), APP2 (may list more images), APP14 (Adobe's colours).
 
 # What Pillow raises for broken files, apart from its own classes, is not one family.
 _DECODE_ERRORS = (
@@ -66,26 +62,23 @@ class ImageHeader:
 
 
 def read_image(path: str | PathLike, *, reduction: int = 1) -> np.ndarray:
-    """Decode a picture, turned upright by its EXIF orientation.
+    """Decode an image, turned upright by its EXIF orientation.
 
     Grey, palette and CMYK become RGB, 16 bits keep their upper 8, transparency is laid on white.
-    reduction: 1, or 2, 4 or 8 for a picture with a pixel for each square of so many, of which the
+    reduction: 1, or 2, 4 or 8 for an image with a pixel for each square of so many, of which the
     last ones are filled up: a JPEG is decoded at that size, at about half the cost.
     Returns (H, W, 3) uint8 RGB, contiguous. Raises UserError, with path and cause, for a file
-    that is missing, truncated or not a picture.
+    that is missing, truncated or not an image.
     """
     with _as_user_error(path):
         data = Path(path).read_bytes()
-        upright = is_plain_jpeg(data)
-        image = _decode_jpeg(data, reduction) if upright else None
-        if image is not None:
-            return image
-        with Image.open(io.BytesIO(data)) as picture:
-            if picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB") and not upright:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = None
+            if opened.format in ("JPEG", "MPO") and opened.mode in ("L", "RGB"):
                 image = _decode_jpeg(data, reduction)
             if image is None:
-                image = reduce(_decode_with_pillow(picture), reduction)
-            orientation = _orientation(picture)
+                image = reduce(_decode_with_pillow(opened), reduction)
+            orientation = _orientation(opened)
     if orientation >= 5:
         image = image.swapaxes(0, 1)
     if orientation in _MIRRORED:
@@ -110,29 +103,29 @@ def reduce(image: np.ndarray, reduction: int) -> np.ndarray:
 def image_size(path: str | PathLike) -> tuple[int, int]:
     """Upright (height, width); JPEG, BMP and WebP are asked for their header alone.
 
-    Raises UserError if the file is missing or not a picture.
+    Raises UserError if the file is missing or not an image.
     """
-    with _as_user_error(path), Image.open(path) as picture:
-        return _header(picture).upright_hw
+    with _as_user_error(path), Image.open(path) as image:
+        return _header(image).upright_hw
 
 
 def check_image(path: str | PathLike) -> ImageHeader:
-    """Make sure that a picture can be decoded to its end; returns its header.
+    """Make sure that an image can be decoded to its end; returns its header.
 
     A JPEG is decoded to grey at an eighth of its size, which leaves only the entropy decoding.
-    Raises UserError, with path and cause, for a file that is missing, truncated or not a picture.
+    Raises UserError, with path and cause, for a file that is missing, truncated or not an image.
     """
-    with _as_user_error(path), Image.open(path) as picture:
-        header = _header(picture)
-        picture.draft("L", (1, 1))
-        picture.load()
-        if picture.mode[0] in "FI":
-            _to_8_bit(np.asarray(picture))  # what cannot be shown is said now
+    with _as_user_error(path), Image.open(path) as image:
+        header = _header(image)
+        image.draft("L", (1, 1))
+        image.load()
+        if image.mode[0] in "FI":
+            _to_8_bit(np.asarray(image))  # what cannot be shown is said now
     return header
 
 
 def upright_boxes(boxes_xyxy: np.ndarray, header: ImageHeader) -> np.ndarray:
-    """Map boxes drawn on the pixels as stored onto the upright picture. (n, 4) pixels."""
+    """Map boxes drawn on the pixels as stored onto the upright image. (n, 4) pixels."""
     height, width = header.upright_hw
     x1, y1, x2, y2 = boxes_xyxy.T
     if header.orientation >= 5:
@@ -151,46 +144,24 @@ def _as_user_error(path: str | PathLike) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture, or of a kind that cannot be read") from None
+        raise UserError(f"{path}: not an image, or of a kind that cannot be read") from None
     except _DECODE_ERRORS as error:
         raise UserError(f"{path}: cannot be decoded: {error}") from error
 
 
-def _header(picture: Image.Image) -> ImageHeader:
+def _header(image: Image.Image) -> ImageHeader:
     # Pillow turns a TIFF upright itself on loading; a PNG may keep its EXIF behind the pixels.
-    if picture.format in ("TIFF", "PNG"):
-        picture.load()
-    return ImageHeader((picture.height, picture.width), _orientation(picture))
+    if image.format in ("TIFF", "PNG"):
+        image.load()
+    return ImageHeader((image.height, image.width), _orientation(image))
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
-        orientation = picture.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(0x0112, 1)
     except (SyntaxError, ValueError, KeyError, IndexError, struct.error):
-        return 1  # a damaged EXIF block does not spoil the picture: viewers show it as stored
+        return 1  # a damaged EXIF block does not spoil the image: viewers show it as stored
     return orientation if orientation in range(1, 9) else 1
-
-
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether a file is a JPEG of grey or YCbCr, without EXIF and whatever else asks for care.
-
-    It looks at the segments in front of the pixels: 2 us, where Pillow's header takes 100.
-    """
-    if data[:2] != b"\xff\xd8":
-        return False
-    place, plain = 2, False
-    while place + 10 <= len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker in _FRAMES:
-            precision, height, width, components = struct.unpack_from(">BHHB", data, place + 4)
-            limit = Image.MAX_IMAGE_PIXELS or math.inf  # Pillow warns of larger ones
-            plain = precision == 8 and components in (1, 3) and height * width <= limit
-        elif marker == _SCAN:
-            return plain
-        elif marker not in _HARMLESS_SEGMENTS or length < 2:
-            return False
-        place += 2 + length
-    return False
 
 
 def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
@@ -208,15 +179,15 @@ def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
     return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def _decode_with_pillow(picture: Image.Image) -> np.ndarray:
-    picture.load()
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        grey = _to_8_bit(np.asarray(picture))
+def _decode_with_pillow(image: Image.Image) -> np.ndarray:
+    image.load()
+    if image.mode == "F" or image.mode.startswith("I"):
+        grey = _to_8_bit(np.asarray(image))
         return np.repeat(grey[..., None], 3, axis=2)
-    if picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB"))
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.asarray(image.convert("RGB"))
 
 
 def _to_8_bit(grey: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fit a picture into the network input with its aspect kept, and map boxes there and back."""
+"""Fit an image into the network input with its aspect kept, and map boxes there and back."""
 
 import numpy as np
 import torch
@@ -11,12 +11,12 @@ GREY = 128  # the padding: the fork's grey
 def letterbox_geometry(
     image_hw: tuple[int, int], input_hw: tuple[int, int]
 ) -> tuple[int, int, int, int]:
-    """Where a picture lands in the padded input: (top, left, height, width) in input pixels.
+    """Where an image lands in the padded input: (top, left, height, width) in input pixels.
 
     Raises ValueError if a size is not positive.
     """
     if min(*image_hw, *input_hw) <= 0:
-        raise ValueError(f"sizes must be positive, got picture {image_hw}, input {input_hw}")
+        raise ValueError(f"sizes must be positive, got image {image_hw}, input {input_hw}")
     scale = min(input_hw[0] / image_hw[0], input_hw[1] / image_hw[1])
     height = max(1, min(input_hw[0], round(image_hw[0] * scale)))
     width = max(1, min(input_hw[1], round(image_hw[1] * scale)))
@@ -24,14 +24,14 @@ def letterbox_geometry(
 
 
 def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize an (H, W, 3) uint8 picture, bicubic, antialiased where it shrinks.
+    """Resize an (H, W, 3) uint8 image, bicubic, antialiased where it shrinks.
 
     PIL's bicubic up to rounding: 3 levels of 255 at most, on noise. 640 x 480 to 416 x 312 takes
     0.94 ms on one x86 core; OpenCV's area averaging takes 2.8, PIL 4.9.
     """
     if tuple(size_hw) == image.shape[:2]:
         return image
-    # A copy where torch could not take the array: reversed channels, a read-only picture.
+    # A copy where torch could not take the array: reversed channels, a read-only image.
     pixels = torch.from_numpy(np.require(image, np.uint8, ["C", "W"]))
     # In this order (batch first) torch knows the memory as channels_last, and needs no copy.
     batch = pixels[None].permute(0, 3, 1, 2)
@@ -53,7 +53,7 @@ def letterbox(image: np.ndarray, input_hw: tuple[int, int]) -> np.ndarray:
 def image_to_letterbox(
     boxes_xyxy: Tensor, image_hw: tuple[int, int], input_hw: tuple[int, int]
 ) -> Tensor:
-    """Map boxes from the original picture into the padded input. (N, 4) pixels in and out."""
+    """Map boxes from the original image into the padded input. (N, 4) pixels in and out."""
     top, left, height, width = letterbox_geometry(image_hw, input_hw)
     scale = boxes_xyxy.new_tensor([width / image_hw[1], height / image_hw[0]]).repeat(2)
     return boxes_xyxy * scale + boxes_xyxy.new_tensor([left, top, left, top])
@@ -62,9 +62,9 @@ def image_to_letterbox(
 def letterbox_to_image(
     boxes_xyxy: Tensor, input_hw: tuple[int, int], image_hw: tuple[int, int]
 ) -> Tensor:
-    """Map boxes from the padded input back to the original picture. Inverse of the above.
+    """Map boxes from the padded input back to the original image. Inverse of the above.
 
-    boxes_xyxy: (N, 4), pixels of the input. Returns (N, 4), pixels of the picture, clipped to it.
+    boxes_xyxy: (N, 4), pixels of the input. Returns (N, 4), pixels of the image, clipped to it.
     Raises ValueError if a size is not positive.
     """
     top, left, height, width = letterbox_geometry(image_hw, input_hw)

@@ -19,7 +19,7 @@ class TrainingLoader:
     (N, 6).
 
     A worker is given all batches of a block of mosaic partners (data.sampler.EpochBlocks), so that
-    it decodes a picture about once, however many workers there are; ranks that share a block each
+    it decodes an image about once, however many workers there are; ranks that share a block each
     decode what their own samples need of it. Workers live until the loader goes.
     """
 
@@ -76,11 +76,11 @@ def to_input(
 ) -> Tensor:
     """uint8 (B, 3, H, W) on the host -> float32 0..1 on the device, channels_last.
 
-    size_hw: resized to it, bilinear and, as validation's pictures are, antialiased.
+    size_hw: resized to it, bilinear and, as validation's images are, antialiased.
     """
     images = images.to(device, non_blocking=True)
     if size_hw is not None and size_hw != tuple(images.shape[2:]):
-        # Bytes on a CPU: 8 pictures of 416 x 416 to 320 x 320 take 2.2 ms, antialiased or not, and
+        # Bytes on a CPU: 8 images of 416 x 416 to 320 x 320 take 2.2 ms, antialiased or not, and
         # 65 in float32. CUDA's antialiased kernel takes floats alone.
         pixels = images.float() if images.is_cuda else images
         images = F.interpolate(pixels, size=size_hw, mode="bilinear", antialias=True)

@@ -35,13 +35,13 @@ def pixel_file(
 ) -> PixelFile:
     """The file in `folder` that holds `parts`, written unless it is there.
 
-    content: for each part the path of the picture and what else its bytes depend on; with the
-    pictures' sizes and times they make the file's name, so that a changed picture makes another.
+    content: for each part the path of the image and what else its bytes depend on; with the
+    images' sizes and times they make the file's name, so that a changed image makes another.
     size: bytes of all parts, at least 1. Two runs at once both write it, and one is kept.
-    Raises UserError if the folder cannot be used or has no room, or a picture is gone.
+    Raises UserError if the folder cannot be used or has no room, or an image is gone.
     """
     try:
-        path = Path(folder) / f"pictures-{_key(content)}.cache"
+        path = Path(folder) / f"images-{_key(content)}.cache"
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_unfinished(path.parent)
         if not _is_whole(path, size):
@@ -51,7 +51,7 @@ def pixel_file(
     except OSError as error:
         raise UserError(
             f"cache_dir {folder}: cannot be used ({error}). Give a folder that can be written, or "
-            "none: pictures beyond cache_gb are then decoded each time."
+            "none: images beyond cache_gb are then decoded each time."
         ) from None
 
 
@@ -80,7 +80,7 @@ def _write(path: Path, size: int, parts: Iterable[np.ndarray]) -> None:
 
 def _remove_unfinished(folder: Path) -> None:
     """Remove what killed runs have left."""
-    for path in folder.glob(".pictures-*.unfinished"):
+    for path in folder.glob(".images-*.unfinished"):
         with suppress(OSError):  # gone already, or another user's
             if time.time() - path.stat().st_mtime > STALE_SECONDS:
                 path.unlink()
@@ -90,7 +90,7 @@ def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
-            f"cache_dir {folder}: {size / 1e9:.1f} GB of decoded pictures do not fit into the "
-            f"{free / 1e9:.1f} GB that are free. Make room (pictures-*.cache of earlier runs and "
-            ".pictures-*.unfinished of killed ones may go), give another folder, or none."
+            f"cache_dir {folder}: {size / 1e9:.1f} GB of decoded images do not fit into the "
+            f"{free / 1e9:.1f} GB that are free. Make room (images-*.cache of earlier runs and "
+            ".images-*.unfinished of killed ones may go), give another folder, or none."
         )

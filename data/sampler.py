@@ -1,4 +1,4 @@
-"""Which pictures make which batch and which mosaic, alike for any number of ranks and workers."""
+"""Which images make which batch and which mosaic, alike for any number of ranks and workers."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from data.voc import Sample
 from utils.errors import UserError
 
-BLOCK = 32  # pictures whose mosaics share their partners
+BLOCK = 32  # images whose mosaics share their partners
 
 
 def random_generator(*key: int) -> np.random.Generator:
@@ -31,7 +31,7 @@ def epoch_order(
     repeats: (length,) how often each is drawn relative to the others; None: each once. A place
     `i + k * length` is the k-th further time that image i comes in this epoch.
     """
-    # Four numbers, the last not 0: a picture's own (seed, epoch, index) is never the same key.
+    # Four numbers, the last not 0: an image's own (seed, epoch, index) is never the same key.
     rng = random_generator(seed, epoch, 0, 1)
     if repeats is None:
         return rng.permutation(length)
@@ -59,10 +59,10 @@ def repeat_factors(samples: Sequence[Sample], threshold: float) -> np.ndarray | 
 
 
 class EpochBlocks:
-    """For a picture, the `BLOCK` pictures around it in an epoch's order, itself among them.
+    """For an image, the `BLOCK` images around it in an epoch's order, itself among them.
 
     A mosaic's partners are drawn from them: who loads one batch after the other decodes each
-    picture once, not four times, and still meets other partners in every epoch. Blocks depend on
+    image once, not four times, and still meets other partners in every epoch. Blocks depend on
     (seed, epoch) alone, so that batch size, workers and ranks change nothing.
     """
 
@@ -90,9 +90,9 @@ class EpochBatchSampler(Sampler[list[int]]):
     All ranks together take the batches that one rank at batch_size * world_size would. The last
     one is filled from the start of the order, so that every step has the full size; a data set
     smaller than that gives one step of what there is, repeated only until the ranks have equally
-    many. batch_size counts the pictures of one rank. repeats: as `epoch_order` takes them.
+    many. batch_size counts the images of one rank. repeats: as `epoch_order` takes them.
 
-    Raises UserError for no pictures or a batch size below 1, ValueError for an impossible rank.
+    Raises UserError for no images or a batch size below 1, ValueError for an impossible rank.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class EpochBatchSampler(Sampler[list[int]]):
         repeats: np.ndarray | None = None,
     ):
         if length < 1:
-            raise UserError("There is no picture to train on: the training split is empty.")
+            raise UserError("There is no image to train on: the training split is empty.")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; give 1 or more.")
         if not 0 <= rank < world_size:

@@ -21,11 +21,11 @@ from utils.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture and its n objects; n may be 0.
+    """One image and its n objects; n may be 0.
 
     image_id: unique in its split specification: the id of the split file, with the root in
-    front where two roots share one. image_hw: (height, width) of the upright picture.
-    class_ids: (n,) int64. boxes_xyxy: (n, 4) float32, pixels of the upright picture, within it
+    front where two roots share one. image_hw: (height, width) of the upright image.
+    class_ids: (n,) int64. boxes_xyxy: (n, 4) float32, pixels of the upright image, within it
     and at least one pixel wide and high. difficult: (n,) bool.
     """
 
@@ -73,24 +73,24 @@ def scan_split(
     classes_path: str | PathLike | None = None,
     progress: bool = False,
 ) -> tuple[list[Sample], SplitReport]:
-    """Read and check all pictures and annotations of "ROOT:SPLIT+ROOT:SPLIT".
+    """Read and check all images and annotations of "ROOT:SPLIT+ROOT:SPLIT".
 
-    Boxes are repaired and counted (see `repair_boxes`). skip_bad: go on without pictures that
+    Boxes are repaired and counted (see `repair_boxes`). skip_bad: go on without images that
     cannot be used. include_difficult: no object counts as difficult. split_dir: where splits are
     made for a read-only tree. classes_path: where class_names come from, for messages.
     Raises UserError for an unusable root or split, for class names that are not among
     class_names, and, all in one message, for missing, broken and (when a split has to be made)
-    unpaired files, unless skip_bad; also if no picture is left.
+    unpaired files, unless skip_bad; also if no image is left.
     """
     parts = _open_parts(spec, split_dir)
     jobs = [(tree, image_id) for tree, split in parts for image_id in split.ids]
     unique_jobs = list(dict.fromkeys(jobs))
-    pictures, bad = _read_pictures(unique_jobs, f"checking {spec}" if progress else "")
+    images, bad = _read_images(unique_jobs, f"checking {spec}" if progress else "")
     faults = list(dict.fromkeys([fault for _, split in parts for fault in split.faults] + bad))
     notes = list(dict.fromkeys(note for _, split in parts for note in split.notes))
-    problems = _unknown_names(pictures, class_names, classes_path)
-    if not pictures or (faults and not skip_bad):
-        problems.append(_unusable_files(spec, faults, notes, left=len(pictures)))
+    problems = _unknown_names(images, class_names, classes_path)
+    if not images or (faults and not skip_bad):
+        problems.append(_unusable_files(spec, faults, notes, left=len(images)))
     if problems:
         raise UserError("\n".join(problems))
     for tree, split in parts:
@@ -98,15 +98,15 @@ def scan_split(
             folder = tree.write_splits(split.made, split_dir)
             counts = ", ".join(f"{name} {len(ids):,}" for name, ids in split.made.items())
             notes.append(f"there were no splits: made {counts} in {folder}")
-    samples = _to_samples(pictures, class_names, include_difficult)
+    samples = _to_samples(images, class_names, include_difficult)
     repeated = len(jobs) - len(unique_jobs) + sum(split.duplicates for _, split in parts)
-    report = _report(spec, pictures, class_names)
+    report = _report(spec, images, class_names)
     return samples, replace(report, duplicates=repeated, faults=faults, notes=notes)
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
-    """A picture that can be used, with its annotation."""
+class _Image:
+    """An image that can be used, with its annotation."""
 
     tree: VocTree
     image_id: str
@@ -133,45 +133,45 @@ def _open_parts(spec: str, split_dir: str | PathLike | None) -> list[tuple[VocTr
     return parts
 
 
-def _read_pictures(
+def _read_images(
     jobs: Sequence[tuple[VocTree, str]], progress: str
-) -> tuple[list[_Picture], list[str]]:
-    """Usable pictures in the order of the jobs, and "path: what" of all the others' faults."""
+) -> tuple[list[_Image], list[str]]:
+    """Usable images in the order of the jobs, and "path: what" of all the others' faults."""
     # Threads: decoding leaves the interpreter free, and a network disk has others to wait for.
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        results = pool.map(lambda job: _read_picture(*job), jobs)
+        results = pool.map(lambda job: _read_image(*job), jobs)
         shown = tqdm(results, progress, len(jobs), disable=not progress, leave=False)
         read = list(shown)
-    pictures = [picture for picture, _ in read if picture is not None]
-    return pictures, [fault for _, faults in read for fault in faults]
+    images = [image for image, _ in read if image is not None]
+    return images, [fault for _, faults in read for fault in faults]
 
 
-def _read_picture(tree: VocTree, image_id: str) -> tuple[_Picture | None, list[str]]:
+def _read_image(tree: VocTree, image_id: str) -> tuple[_Image | None, list[str]]:
     faults = []
     try:
         annotation = read_annotation(tree.annotation_path(image_id))
     except UserError as error:
         faults.append(str(error))
     try:
-        path = tree.picture_path(image_id)
+        path = tree.image_path(image_id)
         header = check_image(path)
     except UserError as error:
         faults.append(str(error))
     if faults:
         return None, faults
     repaired = repair_boxes(annotation, header)
-    return _Picture(tree, image_id, path, header.upright_hw, annotation, repaired), []
+    return _Image(tree, image_id, path, header.upright_hw, annotation, repaired), []
 
 
 def _unknown_names(
-    pictures: Sequence[_Picture], class_names: Sequence[str], classes_path: str | PathLike | None
+    images: Sequence[_Image], class_names: Sequence[str], classes_path: str | PathLike | None
 ) -> list[str]:
     """One message if annotations use names that are not among class_names, else none."""
-    used = {name for picture in pictures for name in picture.annotation.names}
-    unknown: dict[str, list[_Picture]] = defaultdict(list)
-    for picture in pictures:
-        for name in set(picture.annotation.names).difference(class_names):
-            unknown[name].append(picture)
+    used = {name for image in images for name in image.annotation.names}
+    unknown: dict[str, list[_Image]] = defaultdict(list)
+    for image in images:
+        for name in set(image.annotation.names).difference(class_names):
+            unknown[name].append(image)
     if not unknown:
         return []
     roots = list(dict.fromkeys(uses[0].tree.root for uses in unknown.values()))
@@ -199,34 +199,34 @@ def _unusable_files(spec: str, faults: Sequence[str], notes: Sequence[str], left
 
 
 def _to_samples(
-    pictures: Sequence[_Picture], class_names: Sequence[str], include_difficult: bool
+    images: Sequence[_Image], class_names: Sequence[str], include_difficult: bool
 ) -> list[Sample]:
     class_ids = {name: i for i, name in enumerate(class_names)}
-    uses = Counter(picture.image_id for picture in pictures)
+    uses = Counter(image.image_id for image in images)
     return [
         Sample(
-            image_path=str(picture.path),
-            image_id=(picture.tree.root / picture.image_id).as_posix()
-            if uses[picture.image_id] > 1
-            else picture.image_id,
-            image_hw=picture.image_hw,
-            class_ids=np.array([class_ids[name] for name in picture.names], np.int64),
-            boxes_xyxy=picture.repaired.boxes_xyxy,
-            difficult=picture.difficult & (not include_difficult),
+            image_path=str(image.path),
+            image_id=(image.tree.root / image.image_id).as_posix()
+            if uses[image.image_id] > 1
+            else image.image_id,
+            image_hw=image.image_hw,
+            class_ids=np.array([class_ids[name] for name in image.names], np.int64),
+            boxes_xyxy=image.repaired.boxes_xyxy,
+            difficult=image.difficult & (not include_difficult),
         )
-        for picture in pictures
+        for image in images
     ]
 
 
-def _report(spec: str, pictures: Sequence[_Picture], class_names: Sequence[str]) -> SplitReport:
-    boxes = Counter(name for picture in pictures for name in picture.names)
-    repaired = [picture.repaired for picture in pictures]
+def _report(spec: str, images: Sequence[_Image], class_names: Sequence[str]) -> SplitReport:
+    boxes = Counter(name for image in images for name in image.names)
+    repaired = [image.repaired for image in images]
     return SplitReport(
         spec,
-        pictures=len(pictures),
-        backgrounds=sum(not picture.names for picture in pictures),
+        images=len(images),
+        backgrounds=sum(not image.names for image in images),
         boxes={name: boxes[name] for name in class_names},
-        difficult=sum(int(picture.difficult.sum()) for picture in pictures),
+        difficult=sum(int(image.difficult.sum()) for image in images),
         swapped=sum(repair.swapped for repair in repaired),
         clipped=sum(repair.clipped for repair in repaired),
         dropped_tiny=sum(repair.dropped_tiny for repair in repaired),

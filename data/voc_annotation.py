@@ -1,4 +1,4 @@
-"""One VOC annotation: read its XML, and mend its boxes to fit the real picture."""
+"""One VOC annotation: read its XML, and mend its boxes to fit the real image."""
 
 import math
 import xml.etree.ElementTree as ET
@@ -31,7 +31,7 @@ class Annotation:
 
 @dataclass(frozen=True, eq=False)
 class RepairedBoxes:
-    """boxes_xyxy: (n, 4) float32 within the upright picture; kept: mask over the boxes as written.
+    """boxes_xyxy: (n, 4) float32 within the upright image; kept: mask over the boxes as written.
 
     swapped, clipped, dropped_tiny: numbers of boxes; rotated: the boxes were turned upright.
     """
@@ -71,9 +71,9 @@ def read_annotation(path: str | PathLike) -> Annotation:
 
 
 def repair_boxes(annotation: Annotation, header: ImageHeader) -> RepairedBoxes:
-    """Fit the boxes to the upright picture: swap mixed-up corners, clip, drop what is below 1 px.
+    """Fit the boxes to the upright image: swap mixed-up corners, clip, drop what is below 1 px.
 
-    Boxes drawn on the stored pixels of a picture that EXIF turns by 90 degrees are turned with
+    Boxes drawn on the stored pixels of an image that EXIF turns by 90 degrees are turned with
     it: <size> gives them away. Otherwise <size> is not consulted, it is too often wrong.
     """
     boxes = annotation.boxes_xyxy

@@ -11,14 +11,14 @@ _SHOWN_FAULTS = 20
 class SplitReport:
     """Counts of one split, as read.
 
-    backgrounds: pictures without objects. boxes: class name -> boxes, difficult ones among them.
-    swapped, clipped, dropped_tiny: repaired boxes; rotated: pictures whose boxes were turned
+    backgrounds: images without objects. boxes: class name -> boxes, difficult ones among them.
+    swapped, clipped, dropped_tiny: repaired boxes; rotated: images whose boxes were turned
     with their EXIF orientation; duplicates: ids listed again. faults: "path: what" of all that
     was skipped; notes: what else is worth knowing.
     """
 
     spec: str
-    pictures: int = 0
+    images: int = 0
     backgrounds: int = 0
     boxes: Mapping[str, int] = field(default_factory=dict)
     difficult: int = 0
@@ -32,7 +32,7 @@ class SplitReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.spec}: {self.pictures:,} pictures ({self.backgrounds:,} without objects), "
+            f"{self.spec}: {self.images:,} images ({self.backgrounds:,} without objects), "
             f"{sum(self.boxes.values()):,} boxes ({self.difficult:,} difficult)",
             _wrapped(f"{name} {count:,}" for name, count in self.boxes.items()),
             *self._repaired(),
@@ -45,13 +45,13 @@ class SplitReport:
     def _repaired(self) -> list[str]:
         counts = (
             (self.swapped, "swapped (min > max)"),
-            (self.clipped, "clipped to the picture"),
+            (self.clipped, "clipped to the image"),
             (self.dropped_tiny, "dropped (below one pixel)"),
         )
         repaired = ", ".join(f"{count:,} {what}" for count, what in counts if count)
         lines = [f"  boxes repaired: {repaired}"] if repaired else []
         if self.rotated:
-            lines.append(f"  pictures whose boxes were turned as EXIF says: {self.rotated:,}")
+            lines.append(f"  images whose boxes were turned as EXIF says: {self.rotated:,}")
         if self.duplicates:
             lines.append(f"  ids listed again, used once: {self.duplicates:,}")
         return lines

@@ -1,4 +1,4 @@
-"""Where things lie in a VOC tree: split specifications, split files, pictures, annotations."""
+"""Where things lie in a VOC tree: split specifications, split files, images, annotations."""
 
 import os
 import random
@@ -20,7 +20,7 @@ _SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # and every name that begins with 
 
 @dataclass(frozen=True)
 class SplitIds:
-    """Picture ids of one split, each once, in the order of its file.
+    """Image ids of one split, each once, in the order of its file.
 
     duplicates: how many lines repeat an id. notes: what is worth knowing about the tree.
     faults: "path: what" of files that belong to no pair, where a split is made from all pairs.
@@ -60,7 +60,7 @@ def parse_spec(spec: str) -> list[tuple[Path, str]]:
 class VocTree:
     """The files of one VOC tree, listed once; nothing is opened that the names do not need.
 
-    A picture belongs to an annotation by its id, whatever its suffix; where that gives none or
+    An image belongs to an annotation by its id, whatever its suffix; where that gives none or
     several, by the annotation's <filename>.
     """
 
@@ -69,13 +69,13 @@ class VocTree:
         _check_root(root)
         self.root = root
         xml_files, odd_xml, system_xml = _list_files(root / "Annotations", (".xml",))
-        pictures, odd_pictures, system_pictures = _list_files(root / "JPEGImages", IMAGE_SUFFIXES)
-        self._xml_files, self._pictures = xml_files, pictures
-        self._odd_files = [*odd_xml, *odd_pictures]
-        self._system_files = [*system_xml, *system_pictures]
-        self._picture_of = {image_id: names[0] for image_id, names in pictures.items()}
+        images, odd_images, system_images = _list_files(root / "JPEGImages", IMAGE_SUFFIXES)
+        self._xml_files, self._images = xml_files, images
+        self._odd_files = [*odd_xml, *odd_images]
+        self._system_files = [*system_xml, *system_images]
+        self._image_of = {image_id: names[0] for image_id, names in images.items()}
         for image_id in xml_files:
-            if len(pictures.get(image_id, ())) != 1:
+            if len(images.get(image_id, ())) != 1:
                 self._pair_by_file_name(image_id)
 
     def annotation_path(self, image_id: str) -> Path:
@@ -83,16 +83,16 @@ class VocTree:
         name = self._xml_files.get(image_id, [f"{image_id}.xml"])[0]
         return self.root / "Annotations" / name
 
-    def picture_path(self, image_id: str) -> Path:
-        """The picture of an id. Raises UserError if there is none."""
+    def image_path(self, image_id: str) -> Path:
+        """The image of an id. Raises UserError if there is none."""
         folder = self.root / "JPEGImages"
-        if image_id not in self._picture_of:
+        if image_id not in self._image_of:
             suffixes = " ".join(IMAGE_SUFFIXES)
             raise UserError(
-                f"{folder / image_id}.*: no such picture ({suffixes}), "
+                f"{folder / image_id}.*: no such image ({suffixes}), "
                 f"and none by the <filename> of its annotation"
             )
-        return folder / self._picture_of[image_id]
+        return folder / self._image_of[image_id]
 
     def split_ids(self, split: str, split_dir: str | PathLike | None = None) -> SplitIds:
         """The ids of a split from its file; when there is no standard split at all, plan them.
@@ -139,8 +139,8 @@ class VocTree:
             file_name = read_annotation(self.annotation_path(image_id)).file_name
         except UserError:
             return  # reported when the annotation itself is read
-        if file_name in self._pictures.get(Path(file_name).stem, ()):
-            self._picture_of[image_id] = file_name
+        if file_name in self._images.get(Path(file_name).stem, ()):
+            self._image_of[image_id] = file_name
 
     def _split_folders(self, split_dir: str | PathLike | None) -> list[Path]:
         folders = [self.root / "ImageSets" / "Main"]
@@ -158,44 +158,44 @@ class VocTree:
             raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
         listed = [image_id for line in lines if (image_id := self._parse_line(line.strip()))]
         if not listed:
-            raise UserError(f"{path} lists no pictures. Write one picture id a line.")
+            raise UserError(f"{path} lists no images. Write one image id a line.")
         ids = tuple(dict.fromkeys(listed))
         notes = (
             *_note("system files ignored", self._system_files),
-            *_note("files that are neither picture nor .xml ignored", self._odd_files),
-            *_note("pictures without annotation", self._unannotated(besides=ids)),
+            *_note("files that are neither image nor .xml ignored", self._odd_files),
+            *_note("images without annotation", self._unannotated(besides=ids)),
         )
         return SplitIds(ids, duplicates=len(listed) - len(ids), notes=notes)
 
     def _parse_line(self, line: str) -> str:
         """The id of a line; "" for a blank one and where a class split says "absent" (-1)."""
         columns = line.rsplit(maxsplit=1)
-        known = line in self._xml_files or line in self._picture_of  # an id may hold spaces
+        known = line in self._xml_files or line in self._image_of  # an id may hold spaces
         if known or len(columns) < 2 or columns[1] not in ("-1", "0", "1"):
             return line
         return "" if columns[1] == "-1" else columns[0]
 
     def _plan_splits(self, split: str) -> SplitIds:
-        pairs = sorted(self._xml_files.keys() & self._picture_of.keys())
+        pairs = sorted(self._xml_files.keys() & self._image_of.keys())
         made = {name: ids for name, ids in _draw_splits(pairs).items() if ids}
         if split not in made:
             raise UserError(
-                f"{self.root}: a split {split!r} cannot be made from {len(pairs)} pictures with "
-                f"an annotation. Add pictures, or write ImageSets/Main/{split}.txt."
+                f"{self.root}: a split {split!r} cannot be made from {len(pairs)} images with "
+                f"an annotation. Add images, or write ImageSets/Main/{split}.txt."
             )
-        lonely = sorted(self._xml_files.keys() - self._picture_of.keys())
+        lonely = sorted(self._xml_files.keys() - self._image_of.keys())
         faults = (
-            *(f"{self.annotation_path(image_id)}: no picture" for image_id in lonely),
+            *(f"{self.annotation_path(image_id)}: no image" for image_id in lonely),
             *(f"{path}: no annotation" for path in self._unannotated()),
-            *(f"{path}: neither picture nor .xml" for path in self._odd_files),
+            *(f"{path}: neither image nor .xml" for path in self._odd_files),
         )
         notes = _note("system files ignored", self._system_files)
         return SplitIds(tuple(made[split]), notes=notes, faults=faults, made=made)
 
     def _unannotated(self, besides: Iterable[str] = ()) -> list[Path]:
         named = self._xml_files.keys() | set(besides)
-        used = {self._picture_of[image_id] for image_id in named & self._picture_of.keys()}
-        names = (name for names in self._pictures.values() for name in names)
+        used = {self._image_of[image_id] for image_id in named & self._image_of.keys()}
+        names = (name for names in self._images.values() for name in names)
         return [self.root / "JPEGImages" / name for name in sorted(names) if name not in used]
 
 
@@ -237,7 +237,7 @@ def _list_files(
 
 
 def _draw_splits(image_ids: Sequence[str]) -> dict[str, list[str]]:
-    """8:1:1 by a seeded shuffle; two pictures make train and val, three or more all splits."""
+    """8:1:1 by a seeded shuffle; two images make train and val, three or more all splits."""
     shuffled = list(image_ids)
     random.Random(SPLIT_SEED).shuffle(shuffled)
     tenth = max(1, round(len(shuffled) / 10))

@@ -73,7 +73,7 @@ def progress_text(
     text += f" lr {lr:.2e}"
     if input_size is not None:
         text += " {}x{}".format(*input_size)
-    text += f" {figures.pictures_per_second() * world_size():.1f} pictures/s"
+    text += f" {figures.images_per_second() * world_size():.1f} images/s"
     return f"{text} {memory_gb(device):.1f} GB"
 
 
@@ -113,11 +113,11 @@ def resume_command(run: str | Path, conf_loss: str) -> str:
 
 def how_to_use(folder: Path, val: str) -> str:
     """The commands that evaluate and predict with what was trained."""
-    pictures = shlex.quote(f"{val.split('+')[0].rpartition(':')[0]}/JPEGImages")
+    images = shlex.quote(f"{val.split('+')[0].rpartition(':')[0]}/JPEGImages")
     best = shlex.quote(str(folder / "best.pt"))
     lines = [
-        f"done. Curves and pictures: {folder}",
+        f"done. Curves and images: {folder}",
         f"  python evaluate.py --weights {best} --data {shlex.quote(val)}",
-        f"  python predict.py --weights {best} --source {pictures}",
+        f"  python predict.py --weights {best} --source {images}",
     ]
     return "\n".join(lines)

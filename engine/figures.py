@@ -49,7 +49,7 @@ class EpochFigures:
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
-        self.state = dict.fromkeys((*FIGURES, "updates", "pictures", "seconds", "looks"), 0.0)
+        self.state = dict.fromkeys((*FIGURES, "updates", "images", "seconds", "looks"), 0.0)
         self.state["groups"] = NO_GROUPS  # summed over the steps that looked at them
         self.state[CONF_ALPHA] = None  # of the last of these steps
         self.last: dict[str, float] = {}
@@ -57,10 +57,10 @@ class EpochFigures:
         self._pending: tuple[HostFigures, list[str]] | None = None
         self._clock = time.perf_counter()
 
-    def push(self, figures: HostFigures, pictures: Sequence[str]) -> str:
+    def push(self, figures: HostFigures, images: Sequence[str]) -> str:
         """Take a step's figures, read those of the step before. Returns the guard's message."""
         message = self.flush()
-        self._pending = (figures, list(pictures))
+        self._pending = (figures, list(images))
         return message
 
     def flush(self) -> str:
@@ -68,12 +68,12 @@ class EpochFigures:
         self.last_groups = []
         if self._pending is None:
             return ""
-        figures, pictures = self._pending
+        figures, images = self._pending
         self._pending = None
         self.last, self.last_groups = figures.read()
         now = time.perf_counter()
         self.state["seconds"] += now - self._clock
-        self.state["pictures"] += len(pictures)
+        self.state["images"] += len(images)
         self._clock = now
         skipped = bool(self.last["skipped"])
         if self.last["finite"]:
@@ -81,7 +81,7 @@ class EpochFigures:
         if self.last["finite"] and not skipped:
             return ""
         terms = {name: self.last[name] for name in (*TERMS, "grad_norm")}
-        return self.guard.check(terms, skipped=skipped, pictures=pictures)
+        return self.guard.check(terms, skipped=skipped, images=images)
 
     def _add(self, *, updated: bool) -> None:
         for name in ("finite", *TERMS, *COUNTS):
@@ -101,7 +101,7 @@ class EpochFigures:
         states = gather_objects(self.state)
         for name in TERMS:
             self.state[name] = sum(state[name] for state in states) / len(states)
-        for name in (*COUNTS, "pictures"):
+        for name in (*COUNTS, "images"):
             self.state[name] = sum(state[name] for state in states)
         for state in states[1:]:
             states[0]["groups"] = _add(states[0]["groups"], state["groups"])
@@ -112,9 +112,9 @@ class EpochFigures:
         count = self.state["updates" if name == "grad_norm" else "finite"]
         return self.state[name] / count if count else float("nan")
 
-    def pictures_per_second(self) -> float:
-        """Pictures learnt per second of training, evaluation apart."""
-        return self.state["pictures"] / max(self.state["seconds"], 1e-9)
+    def images_per_second(self) -> float:
+        """Images learnt per second of training, evaluation apart."""
+        return self.state["images"] / max(self.state["seconds"], 1e-9)
 
     def row(self) -> dict[str, float]:
         """The epoch's figures under their names in metrics.csv."""
@@ -124,7 +124,7 @@ class EpochFigures:
             **{name: self.mean(name) for name in names},
             CONF_ALPHA: self.state[CONF_ALPHA],
             **cell_figures(self.state["groups"], looks=self.state["looks"]),
-            "pictures_per_second": self.pictures_per_second(),
+            "images_per_second": self.images_per_second(),
             "seconds": self.state["seconds"],
         }
 

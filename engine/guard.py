@@ -74,15 +74,15 @@ class NonFiniteGuard:
         self.in_a_row = 0
         self.made += 1
 
-    def check(self, terms: Mapping[str, float], *, skipped: bool, pictures: Sequence[str]) -> str:
+    def check(self, terms: Mapping[str, float], *, skipped: bool, images: Sequence[str]) -> str:
         """Note a batch with a non-finite loss or gradient. Returns what to tell of it.
 
         skipped: it ended an update, which was not made. Raises UserError after `limit` of them
         in a row.
         """
         values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        message = f"non-finite loss or gradient, update skipped ({values}); pictures of this "
-        message += f"process: {', '.join(pictures)}"
+        message = f"non-finite loss or gradient, update skipped ({values}); images of this "
+        message += f"process: {', '.join(images)}"
         self.skipped += skipped
         self.in_a_row += skipped
         self._last = f"Last: {message}. {self._cure(terms)}"
@@ -104,7 +104,7 @@ class NonFiniteGuard:
         if bad == ["conf"]:
             return f"Look into the confidence loss, {self.conf_loss}. Not finite: conf alone."
         cure = (
-            "Lower --lr or --clip_norm, check these pictures, or try --amp off: with --resume "
+            "Lower --lr or --clip_norm, check these images, or try --amp off: with --resume "
             "where a last.pt was written, or from the start."
         )
         return f"{cure} Not finite: {', '.join(bad) or 'the gradient, though the loss is'}."

@@ -21,7 +21,7 @@ class MultiScale:
     shorter one has the same factor and is rounded to a multiple of 32, at least 32. So they are
     few, 9 for .4 at 416: cuDNN chooses its algorithms for each once.
     Every multiple is as likely as another, and stays so to the last epoch: unlike a mosaic, a
-    resized picture is a natural one. Validation is always at input_shape.
+    resized image is a natural one. Validation is always at input_shape.
     Raises UserError for a share outside 0..1, or one that leaves input_shape as the only size.
     """
 

@@ -1,4 +1,4 @@
-"""Find objects in pictures with a trained checkpoint, from Python or for predict.py."""
+"""Find objects in images with a trained checkpoint, from Python or for predict.py."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from utils.heap import keep_freed_memory
 from weights.checkpoint import build_model
 from weights.foreign import FileFacts, read_network
 
-Picture = str | PathLike | np.ndarray | Image.Image
+ImageLike = str | PathLike | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Objects of one picture, by falling score.
+    """Objects of one image, by falling score.
 
-    boxes_xyxy: float32 (n, 4), pixels of the original picture, clipped to it. scores: float32
+    boxes_xyxy: float32 (n, 4), pixels of the original image, clipped to it. scores: float32
     (n,). class_ids: int64 (n,), indices into class_names, which holds all names.
     """
 
@@ -48,7 +48,7 @@ class Predictor:
     device: "cpu", "cuda", "cuda:1"; None takes CUDA when it is there. conf_threshold: lowest score
     kept; None takes the checkpoint's own, which had the best F1 in validation. class_thresholds:
     take, instead, for each class the score at which that class had it. max_score: the highest
-    score that the last call saw, below the threshold or not; None before any picture. stand_in:
+    score that the last call saw, below the threshold or not; None before any image. stand_in:
     the thresholds are the checkpoint's, but no evaluation has measured them. facts: what a file
     of another program does not say, such as darknet's or the original fork's. amp: auto (fp16 on
     a GPU, else off), bf16, fp16 or off; of network weights and activations, boxes are float32.
@@ -90,26 +90,26 @@ class Predictor:
         self.max_score: float | None = None
 
     def __call__(
-        self, pictures: Picture | Sequence[Picture], *, batch_size: int = 8
+        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8
     ) -> Detections | list[Detections]:
-        """Detect in a picture, or in a list of them, `batch_size` at a time.
+        """Detect in an image, or in a list of them, `batch_size` at a time.
 
-        A picture is a path, an RGB uint8 array (H, W, 3), also (H, W) grey or (H, W, 4) with
+        An image is a path, an RGB uint8 array (H, W, 3), also (H, W) grey or (H, W, 4) with
         alpha, or a PIL image. A list in gives a list out. Raises UserError for anything else.
         """
         self.max_score = None
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: give 1 or more.")
-        if not isinstance(pictures, list | tuple):
-            return self._detect([pictures])[0]
+        if not isinstance(images, list | tuple):
+            return self._detect([images])[0]
         detections: list[Detections] = []
-        for start in range(0, len(pictures), batch_size):
-            detections += self._detect(pictures[start : start + batch_size])
+        for start in range(0, len(images), batch_size):
+            detections += self._detect(images[start : start + batch_size])
         return detections
 
     @torch.inference_mode()
-    def _detect(self, pictures: Sequence[Picture]) -> list[Detections]:
-        images = [to_rgb(picture) for picture in pictures]
+    def _detect(self, inputs: Sequence[ImageLike]) -> list[Detections]:
+        images = [to_rgb(item) for item in inputs]
         outputs = self.model(self._to_input(images))
         decoded = decode(outputs, self.anchors, self.input_shape, self.scale_xy)
         probabilities, class_ids = decoded[..., 5:].max(dim=-1)
@@ -148,44 +148,44 @@ def check_range(outputs: Sequence[Tensor]) -> None:
     """Raise UserError where raw maps in float16 are not finite: NMS would drop such boxes."""
     if not torch.stack([raw.isfinite().all() for raw in outputs]).all():
         raise UserError(
-            "The network's activations exceed the range of float16 on this picture. Use amp off, "
+            "The network's activations exceed the range of float16 on this image. Use amp off, "
             "or bf16 where the GPU has it."
         )
 
 
-def to_rgb(picture: Picture) -> np.ndarray:
+def to_rgb(image: ImageLike) -> np.ndarray:
     """A path, array or PIL image as RGB uint8 (H, W, 3); transparency is laid on white.
 
-    Raises UserError for another type, shape or number format, and for a picture without pixels.
+    Raises UserError for another type, shape or number format, and for an image without pixels.
     """
-    if isinstance(picture, str | PathLike):
-        return read_image(picture)
-    if isinstance(picture, Image.Image):
-        picture = _pil_to_array(picture)
-    if not isinstance(picture, np.ndarray):
+    if isinstance(image, str | PathLike):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        image = _pil_to_array(image)
+    if not isinstance(image, np.ndarray):
         raise UserError(
-            f"cannot detect in a {type(picture).__name__}: give a path, an RGB uint8 array "
+            f"cannot detect in a {type(image).__name__}: give a path, an RGB uint8 array "
             "(H, W, 3) or a PIL image, or a list of these."
         )
-    if picture.dtype != np.uint8:
+    if image.dtype != np.uint8:
         raise UserError(
-            f"a picture array must be uint8 in 0..255, got {picture.dtype}; "
+            f"an image array must be uint8 in 0..255, got {image.dtype}; "
             "one of floats in 0..1 becomes that by (image * 255).round().astype('uint8')."
         )
-    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)):
-        raise UserError(f"a picture array must be (H, W, 3), (H, W) or (H, W, 4): {picture.shape}.")
-    if picture.size == 0:
-        raise UserError(f"a picture without pixels: shape {picture.shape}.")
-    return _to_three_channels(picture)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        raise UserError(f"an image array must be (H, W, 3), (H, W) or (H, W, 4): {image.shape}.")
+    if image.size == 0:
+        raise UserError(f"an image without pixels: shape {image.shape}.")
+    return _to_three_channels(image)
 
 
-def _pil_to_array(picture: Image.Image) -> np.ndarray:
-    if picture.mode == "F" or picture.mode.startswith("I"):
+def _pil_to_array(image: Image.Image) -> np.ndarray:
+    if image.mode == "F" or image.mode.startswith("I"):
         raise UserError(
-            f"a PIL image of mode {picture.mode} has no fixed range: "
+            f"a PIL image of mode {image.mode} has no fixed range: "
             "convert it to 8 bits, or give the path of its file."
         )
-    upright = ImageOps.exif_transpose(picture)
+    upright = ImageOps.exif_transpose(image)
     return np.asarray(upright.convert("RGBA" if upright.has_transparency_data else "RGB"))
 
 

@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Consecutive epochs with one batch size (pictures a process), backbone frozen or not."""
+    """Consecutive epochs with one batch size (images a process), backbone frozen or not."""
 
     last_epoch: int
     batch_size: int
@@ -80,7 +80,7 @@ class Recipe:
         return "\n".join(lines)
 
     def input_size(self, step: int) -> tuple[int, int] | None:
-        """(height, width) that the pictures of a step are resized to; None: they never are."""
+        """(height, width) that the images of a step are resized to; None: they never are."""
         return None if self.multi_scale is None else self.multi_scale.size_at(step)
 
     def input_figures(self, step: int) -> dict[str, float]:
@@ -105,9 +105,9 @@ class Recipe:
         return [phase for phase in ahead if grows or (unfreezes and not phase.frozen)]
 
     def rates(self, phase: Phase) -> tuple[float, float]:
-        """(initial, minimal) learning rate of a phase, for all pictures of one update."""
-        pictures = phase.batch_size * self.accumulate * world_size()
-        return scaled_lr(self.optimizer, self.lr, pictures, self.width)
+        """(initial, minimal) learning rate of a phase, for all images of one update."""
+        images = phase.batch_size * self.accumulate * world_size()
+        return scaled_lr(self.optimizer, self.lr, images, self.width)
 
 
 def epochs_for(images: int) -> int:

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, metrics.csv, TensorBoard events, curves and pictures."""
+"""A run's folder: config.json, metrics.csv, TensorBoard events, curves and images."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ COLUMNS = (
     *("epoch", "step", "lr", "loss", "loc", "conf", "cls"),
     *("val_loss", "val_ap50", "val_ap", "val_ap75", "val_loc", "val_conf", "val_cls"),
     *(*JUDGED, "positives", "ignored", CONF_ALPHA),
-    *("grad_norm", "skipped_steps", "pictures_per_second", "memory_gb", "seconds"),
+    *("grad_norm", "skipped_steps", "images_per_second", "memory_gb", "seconds"),
     *cell_figures(NO_GROUPS),
 )
 
@@ -135,7 +135,7 @@ class RunLog:
             self.tensorboard.add_scalar(name, value, step)
 
     def evaluation(self, evaluation: Evaluation, conf_loss: str, step: int) -> None:
-        """What an evaluation with the loss says of scores and cells: two pictures and the cells."""
+        """What an evaluation with the loss says of scores and cells: two images and the cells."""
         thresholds = {"best F1": evaluation.conf_threshold}
         plot_reliability(
             self.folder / "reliability.png",
@@ -151,8 +151,8 @@ class RunLog:
         text = json.dumps(evaluation.cells)
         (self.folder / "conf_cells.json").write_text(text + "\n", encoding="utf-8")
 
-    def picture(self, name: str, image: np.ndarray, step: int) -> None:
-        """Write an RGB picture as NAME.jpg and to TensorBoard."""
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Write an RGB image as NAME.jpg and to TensorBoard."""
         Image.fromarray(image).save(self.folder / f"{name}.jpg", quality=90)
         self.tensorboard.add_image(name, image, step, dataformats="HWC")
 
@@ -207,7 +207,7 @@ def describe(row: Mapping[str, Any]) -> str:
     """One printed line for an epoch."""
     terms = " ".join(f"{name} {row[name]:.4f}" for name in ("loc", "conf", "cls"))
     line = f"epoch {row['epoch']:3d}  loss {row['loss']:.4f} ({terms})"
-    line += f"  lr {row['lr']:.2e}  {row['pictures_per_second']:.1f} pictures/s"
+    line += f"  lr {row['lr']:.2e}  {row['images_per_second']:.1f} images/s"
     if "val_ap50" in row:
         line += f"  val {row['val_loss']:.4f}  AP50 {row['val_ap50']:.4f}  AP {row['val_ap']:.4f}"
         line += f" (score >= {EVAL_CONF_THRESHOLD}, NMS IoU {EVAL_NMS_IOU})"

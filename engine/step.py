@@ -58,10 +58,10 @@ class TrainStep:
         cells: bool = False,
         size_hw: tuple[int, int] | None = None,
     ) -> HostFigures:
-        """Learn from uint8 (B, 3, H, W) pictures and (N, 6) targets.
+        """Learn from uint8 (B, 3, H, W) images and (N, 6) targets.
 
         group_size: over how many batches the gradient is accumulated; `update` at the last.
-        cells: look at the confidence loss by groups of cells, too. size_hw: the pictures are
+        cells: look at the confidence loss by groups of cells, too. size_hw: the images are
         resized to it on the device; targets are fractions and stay. None leaves them as they are.
         """
         for rollback in self.rollbacks:
@@ -164,7 +164,7 @@ def state_to_come(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def blank_batch(batch_size: int, input_shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Black pictures, and one object to learn."""
+    """Black images, and one object to learn."""
     images = torch.zeros((batch_size, 3, *input_shape), dtype=torch.uint8)
     return images, torch.tensor([[0, 0, 0.5, 0.5, 0.2, 0.2]])
 

@@ -16,8 +16,8 @@ from data.voc import Sample
 from engine.console import progress_bar, progress_text, slow_start
 from engine.figures import EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
+from engine.images import batch_image, detections_image
 from engine.optimizer import Ema, build_optimizer, learning_rate
-from engine.pictures import batch_picture, detections_picture
 from engine.randomness import random_states, restore_random_states
 from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
@@ -163,7 +163,7 @@ class Trainer:
         strong = self.epoch < self.recipe.strong_share * self.recipe.epochs
         self.train_set.set_epoch(self.epoch, strong=strong)
         if self.epoch_step and self.steps != len(sampler):
-            self._say("the number of pictures or processes has changed: this epoch begins again")
+            self._say("the number of images or processes has changed: this epoch begins again")
             self.epoch_step = 0
         self.steps = len(sampler)
         sampler.set_epoch(self.epoch, self.epoch_step)
@@ -183,8 +183,8 @@ class Trainer:
     ) -> None:
         """One batch: set the learning rate, learn, take in the figures of the step before."""
         if self.global_step == 0 and self.log is not None:
-            picture = batch_picture(images, targets, self.facts["class_names"])
-            self.log.picture("train_batch", picture, self.global_step)
+            image = batch_image(images, targets, self.facts["class_names"])
+            self.log.image("train_batch", image, self.global_step)
         self._set_lr(self.epoch + self.epoch_step / steps, phase)
         first = self.epoch_step - self.epoch_step % self.recipe.accumulate
         group_size = min(self.recipe.accumulate, steps - first)
@@ -226,7 +226,7 @@ class Trainer:
         """Measure, log and save what the finished epoch has reached."""
         last = self.epoch == self.recipe.epochs
         self.figures.join_ranks()
-        broadcast_buffers(self._weights())  # each rank has seen other pictures
+        broadcast_buffers(self._weights())  # each rank has seen other images
         evaluation = None
         if self.epoch % self.recipe.eval_period == 0 or last:
             known = ("class_names", "anchors", "scale_xy", "input_shape")
@@ -264,13 +264,13 @@ class Trainer:
         if self.log is None:
             return
         self.log.evaluation(evaluation, self.facts["conf_loss"], self.global_step)
-        picture = detections_picture(
+        image = detections_image(
             self.val_samples,
             evaluation.detections,
             self.facts["class_names"],
             self.conf_threshold,
         )
-        self.log.picture("val_detections", picture, self.global_step)
+        self.log.image("val_detections", image, self.global_step)
         if improved:
             save_checkpoint(self.log.folder / "best.pt", self._checkpoint())
 

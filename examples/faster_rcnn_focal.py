@@ -38,7 +38,7 @@ Item = tuple[Tensor, dict[str, Tensor]]
 @dataclasses.dataclass(frozen=True)
 class Config:
     root: Path = SAMPLE  # a VOC tree with classes.txt; the sample is drawn when it is missing
-    pictures: int = 2  # training pictures, all of them in every step
+    images: int = 2  # training images, all of them in every step
     steps: int = 100  # updates; a minute or two on two CPU cores
     lr: float = 5e-4  # of AdamW
     seed: int = 0  # of weights and proposals
@@ -78,14 +78,14 @@ class FocalRoIHeads(RoIHeads):
     def postprocess_detections(self, class_logits, box_regression, proposals, image_shapes):
         counts = [len(boxes) for boxes in proposals]
         boxes = self.box_coder.decode(box_regression, proposals).reshape(*class_logits.shape, 4)
-        by_picture = zip(
+        by_image = zip(
             boxes.split(counts), class_logits.sigmoid().split(counts), image_shapes, strict=True
         )
-        found = [self.detect(*picture) for picture in by_picture]
+        found = [self.detect(*image) for image in by_image]
         return tuple(map(list, zip(*found, strict=True)))
 
     def detect(self, boxes: Tensor, scores: Tensor, image_hw: tuple[int, int]):
-        """One picture's (N, C, 4) boxes and (N, C) scores -> boxes, scores, labels after NMS."""
+        """One image's (N, C, 4) boxes and (N, C) scores -> boxes, scores, labels after NMS."""
         rows, classes = torch.where(scores > self.score_thresh)
         boxes = clip_boxes_to_image(boxes[rows, classes], image_hw)
         scores = scores[rows, classes]
@@ -118,7 +118,7 @@ def build_model(num_classes: int) -> FasterRCNN:
 
 
 def to_item(sample: Sample, device: torch.device) -> Item:
-    """A picture, (3, H, W) in 0..1, and its objects, as torchvision's detectors take them."""
+    """An image, (3, H, W) in 0..1, and its objects, as torchvision's detectors take them."""
     image = torch.from_numpy(read_image(sample.image_path)).permute(2, 0, 1) / 255
     target = {"boxes": sample.boxes_xyxy, "labels": sample.class_ids + 1}
     sure = ~sample.difficult
@@ -156,14 +156,14 @@ def count_found(model: FasterRCNN, items: list[Item]) -> int:
 
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    if min(config.pictures, config.steps) < 1:
-        raise UserError(f"pictures {config.pictures}, steps {config.steps}: give at least 1 each.")
+    if min(config.images, config.steps) < 1:
+        raise UserError(f"images {config.images}, steps {config.steps}: give at least 1 each.")
     device = select_device(config.device)
     if config.root == SAMPLE and not SAMPLE.exists():
         make_sample(SAMPLE, images=300, seed=0, difficulty="easy")
     torch.manual_seed(config.seed)
     class_names = read_class_names(config.root / "classes.txt")
-    samples = read_split(f"{config.root}:train", class_names)[: config.pictures]
+    samples = read_split(f"{config.root}:train", class_names)[: config.images]
     items = [to_item(sample, device) for sample in samples]
     model = build_model(len(class_names)).to(device)
     history = train(model, items, steps=config.steps, lr=config.lr)

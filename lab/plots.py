@@ -1,4 +1,4 @@
-"""The pictures of a comparison: curves over epochs, and what each loss detects."""
+"""The images of a comparison: curves over epochs, and what each loss detects."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +21,9 @@ from metrics.plots import clean, column, plain, plot_cumulative_loss
 from utils.draw import draw_boxes
 
 DPI = 110
-PICTURES = 4
-PICTURE_SIDE = 320  # pixels, of the longer side of a detected picture
-MOST_BOXES = 50  # drawn in a picture: an unripe detector finds hundreds, which would hide it
+IMAGES = 4
+IMAGE_SIDE = 320  # pixels, of the longer side of a detected image
+MOST_BOXES = 50  # drawn in an image: an unripe detector finds hundreds, which would hide it
 GROUPS = {"positive": "#1b7837", "hard": "#d95f02", "easy": "#bdbdbd"}
 
 
@@ -121,14 +121,14 @@ def add_cells(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"difficulty": histograms[0]["difficulty"], **groups}
 
 
-def choose_pictures(samples: Sequence[Sample]) -> list[Sample]:
-    """PICTURES of them, evenly over the split."""
-    places = np.linspace(0, len(samples) - 1, min(PICTURES, len(samples))).round().astype(int)
+def choose_images(samples: Sequence[Sample]) -> list[Sample]:
+    """IMAGES of them, evenly over the split."""
+    places = np.linspace(0, len(samples) - 1, min(IMAGES, len(samples))).round().astype(int)
     return [samples[place] for place in places]
 
 
 def draw_truth(samples: Sequence[Sample], class_names: Sequence[str]) -> list[np.ndarray]:
-    """The pictures, made small, with their objects."""
+    """The images, made small, with their objects."""
     drawn = []
     for sample in samples:
         image, factor = small(read_image(sample.image_path))
@@ -138,29 +138,29 @@ def draw_truth(samples: Sequence[Sample], class_names: Sequence[str]) -> list[np
 
 
 def draw_detected(result: Result, samples: Sequence[Sample]) -> tuple[list[np.ndarray], str]:
-    """The pictures, made small, with what the run's best.pt finds, and a word on which boxes."""
+    """The images, made small, with what the run's best.pt finds, and a word on which boxes."""
     device = (read_json(result.run.folder / "config.json") or {}).get("device") or None
     predictor = Predictor(result.run.folder / "best.pt", device=device)
     images = [read_image(sample.image_path) for sample in samples]
     detections = predictor(images)
     drawn = []
     for image, found in zip(images, detections, strict=True):
-        picture, factor = small(image)
+        thumbnail, factor = small(image)
         best = np.argsort(-found.scores, kind="stable")[:MOST_BOXES]
         boxes, scores = found.boxes_xyxy[best] * factor, found.scores[best]
         drawn.append(
-            draw_boxes(picture, boxes, found.class_ids[best], found.class_names, scores=scores)
+            draw_boxes(thumbnail, boxes, found.class_ids[best], found.class_names, scores=scores)
         )
     which = f"score ≥ {predictor.conf_threshold:.3g}"
     most = max((len(found.scores) for found in detections), default=0)
     if most > MOST_BOXES:
-        which += f"; of up to {most} boxes in a picture only the best {MOST_BOXES} are drawn"
+        which += f"; of up to {most} boxes in an image only the best {MOST_BOXES} are drawn"
     return drawn, which
 
 
 def small(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """A picture that is no larger than the report shows it, and the factor of its size."""
-    factor = min(1.0, PICTURE_SIDE / max(image.shape[:2]))
+    """An image that is no larger than the report shows it, and the factor of its size."""
+    factor = min(1.0, IMAGE_SIDE / max(image.shape[:2]))
     if factor == 1:
         return image, factor
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])

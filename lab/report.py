@@ -11,7 +11,7 @@ import numpy as np
 from data.voc import Sample, read_class_names, scan_split
 from lab.plan import Plan, read_json, write_text
 from lab.plots import (
-    choose_pictures,
+    choose_images,
     draw_detected,
     draw_truth,
     plot_cells,
@@ -80,9 +80,9 @@ th:first-child, td:first-child { position: sticky; left: 0; background: var(--ba
 .yes { font-weight: 700; } .small { display: block; font-size: .8em; opacity: .75; }
 figure { margin: 1rem 0; }
 figure img { min-width: 36rem; max-width: 100%; background: #fff; padding: .5rem; }
-.pictures { display: grid; gap: .5rem;
+.images { display: grid; gap: .5rem;
   grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-.pictures img { width: 100%; }
+.images img { width: 100%; }
 """
 
 
@@ -106,7 +106,7 @@ def write_reports(plan: Plan, save_dir: Path, *, left_out: Sequence[str] = ()) -
     head = [summary(plan, results), *notes]
     write_text(save_dir / "results.md", markdown(plan, save_dir, head, tables, drawn))
     sections = [figure_section(save_dir, *figure) for figure in drawn]
-    sections.append(pictures_section(plan, grouped))
+    sections.append(images_section(plan, grouped))
     write_text(save_dir / "report.html", page(plan, save_dir, head, tables, sections))
     return notes
 
@@ -144,7 +144,7 @@ def markdown(
     tables: Sequence[Table],
     figures: Sequence[tuple[str, str, str]],
 ) -> str:
-    """results.md; its pictures lie beside it."""
+    """results.md; its images lie beside it."""
     parts = ["# Confidence losses compared", *head, f"```sh\n{plan.command(save_dir)}\n```"]
     parts += [markdown_table(table) for table in tables]
     parts += HOW_TO_READ
@@ -219,26 +219,26 @@ def figure_section(save_dir: Path, title: str, name: str, caption: str) -> str:
 
 
 def image_tag(data: bytes, kind: str, alt: str) -> str:
-    """A picture inside the page itself."""
+    """An image inside the page itself."""
     text = base64.b64encode(data).decode("ascii")
     return f'<img src="data:{kind};base64,{text}" alt="{html.escape(alt)}">'
 
 
-def pictures_section(plan: Plan, grouped: Mapping[str, Sequence[Result]]) -> str:
-    """The same test pictures: their objects, and what the first finished run of each loss finds."""
+def images_section(plan: Plan, grouped: Mapping[str, Sequence[Result]]) -> str:
+    """The same test images: their objects, and what the first finished run of each loss finds."""
     finished = {loss: [own for own in results if own.finished] for loss, results in grouped.items()}
     chosen = [results[0] for results in finished.values() if results]
     if not chosen:
         return ""
-    title = "<h2>The same pictures</h2>"
+    title = "<h2>The same images</h2>"
     config = read_json(chosen[0].run.folder / "config.json") or {}
     try:
         names = read_class_names(config["classes_path"])
         samples, _ = scan_split(plan.test, names, skip_bad=config["skip_bad"])
-        samples = choose_pictures(samples)
-        rows = [picture_row("the objects", draw_truth(samples, names))]
+        samples = choose_images(samples)
+        rows = [image_row("the objects", draw_truth(samples, names))]
     except (UserError, KeyError) as error:  # the data may have moved since
-        return f"{title}\n<p>No pictures: {html.escape(str(error))}</p>"
+        return f"{title}\n<p>No images: {html.escape(str(error))}</p>"
     rows += [detected_row(result, samples) for result in chosen]
     note = "Each loss at the threshold stored in its checkpoint."
     return "\n".join((title, f"<p>{note}</p>", *rows))
@@ -247,23 +247,23 @@ def pictures_section(plan: Plan, grouped: Mapping[str, Sequence[Result]]) -> str
 def detected_row(result: Result, samples: Sequence[Sample]) -> str:
     """What a run detects, or why there is nothing to show."""
     try:
-        pictures, which = draw_detected(result, samples)
+        images, which = draw_detected(result, samples)
     except UserError as error:  # best.pt may have gone
         return f"<h3>{html.escape(str(result.run))}</h3>\n<p>{html.escape(str(error))}</p>"
-    return picture_row(f"{result.run}: {which}", pictures)
+    return image_row(f"{result.run}: {which}", images)
 
 
-def picture_row(title: str, pictures: Sequence[np.ndarray]) -> str:
-    """Pictures side by side under a heading; on a phone, two by two."""
+def image_row(title: str, images: Sequence[np.ndarray]) -> str:
+    """Images side by side under a heading; on a phone, two by two."""
     tags = "\n".join(
-        image_tag(as_jpeg(picture), "image/jpeg", f"{title}, picture {number}")
-        for number, picture in enumerate(pictures, start=1)
+        image_tag(as_jpeg(image), "image/jpeg", f"{title}, image {number}")
+        for number, image in enumerate(images, start=1)
     )
-    return f'<h3>{html.escape(title)}</h3>\n<div class="pictures">\n{tags}\n</div>'
+    return f'<h3>{html.escape(title)}</h3>\n<div class="images">\n{tags}\n</div>'
 
 
 def as_jpeg(image_rgb: np.ndarray) -> bytes:
-    """An RGB picture as a JPEG file."""
+    """An RGB image as a JPEG file."""
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     _, data = cv2.imencode(".jpg", image_rgb[..., ::-1], options)
     return data.tobytes()

@@ -2,7 +2,7 @@
 
 Every ground truth is a candidate at all three scales, at A anchors each, so that shapes follow from
 N alone: what is not chosen is masked, never cut out, and the device is never asked for a value.
-A cell is numbered image * K + (its place in its picture); K runs over strides 8, 16, 32, then
+A cell is numbered image * K + (its place in its image); K runs over strides 8, 16, 32, then
 row, column, anchor. Class ids are -1 (ignore region) or 0..C-1: the data set reader checks that.
 """
 
@@ -139,7 +139,7 @@ def choose_positives(
 ) -> Positives:
     """Which candidates are positive: all that are wanted, or with `quality` each truth's best.
 
-    class_ids: (N,). shape: pictures and cells of a picture, (B, K). quality: alignment and IoU of
+    class_ids: (N,). shape: images and cells of an image, (B, K). quality: alignment and IoU of
     the predicted boxes, (3, N, A) each, of the "aligned" assigner.
     """
     total = shape[0] * shape[1]
@@ -204,7 +204,7 @@ def _nearest(
     centre: Tensor, steps: Sequence[int], cells: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One axis: (N, steps) the cell of each centre for a step of 0, the nearest beside it for 1;
-    and whether that is inside the picture and a prediction there can reach the centre."""
+    and whether that is inside the image and a prediction there can reach the centre."""
     own = centre.long().clamp(0, cells - 1)
     beside = own + torch.where(centre - own < 0.5, -1, 1)
     inside = (beside >= 0) & (beside < cells)
@@ -217,7 +217,7 @@ def _nearest(
 def _number_cells(
     rows: Tensor, columns: Tensor, grids: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, int]:
-    """(3, N) the first anchor's cell in a picture at each row and column, and K."""
+    """(3, N) the first anchor's cell in an image at each row and column, and K."""
     first, start = [], 0
     for scale, (height, width) in enumerate(grids):
         first.append(start + 3 * (rows[scale] * width + columns[scale]))
@@ -262,13 +262,13 @@ def _class_bits(
 def overlaps_truth(
     corners: Tensor, truths_xyxy: Tensor, images: Tensor, *, threshold: float
 ) -> Tensor:
-    """Whether a predicted box has IoU > threshold with any ground truth of its own picture.
+    """Whether a predicted box has IoU > threshold with any ground truth of its own image.
 
     corners: (4, B, K) x1, y1, x2, y2 of the predicted boxes, truths_xyxy: (N, 4), in one unit.
-    images: (N,) int64 picture of each ground truth. Returns (B, K) bool.
+    images: (N,) int64 image of each ground truth. Returns (B, K) bool.
     """
     # IoU > t  <=>  (1 + t) intersection - t truth_area > t predicted_area: no division, and the
-    # right side, being one for all ground truths of a picture, is compared only once.
+    # right side, being one for all ground truths of an image, is compared only once.
     x1, y1, x2, y2 = corners
     excess = torch.zeros_like(x1)
     chunk = max(1, PAIRS_AT_ONCE.get(x1.device.type, 2**22) // x1.shape[1])

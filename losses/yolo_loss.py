@@ -244,7 +244,7 @@ class YOLOLoss(nn.Module):
 
     @torch.no_grad()
     def _overlapping(self, maps: list[Tensor], images: Tensor, candidates: Candidates) -> Tensor:
-        """(B, K) bool: boxes that overlap a ground truth of their picture too well to be wrong."""
+        """(B, K) bool: boxes that overlap a ground truth of their image too well to be wrong."""
         corners = []
         for scale, raw in enumerate(maps):
             offsets = grid_offsets(*raw.shape[1:3], raw.device)[:, :, None]

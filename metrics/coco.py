@@ -1,7 +1,7 @@
-"""COCO's average precision, by the rules of pycocotools, a rank of all pictures at a time.
+"""COCO's average precision, by the rules of pycocotools, a rank of all images at a time.
 
-The matching is greedy: what a detection may still take depends on those before it in its picture.
-Pictures do not depend on each other, so that the first detections of all pictures are matched
+The matching is greedy: what a detection may still take depends on those before it in its image.
+Images do not depend on each other, so that the first detections of all images are matched
 at once, then the second ones, at all IoU thresholds: 14 times as fast as pycocotools on 500,000
 detections (benchmarks/average_precision.py), and equal to it to the last digits.
 """
@@ -13,8 +13,8 @@ import numpy as np
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MAX_DETECTIONS = 100  # per class and picture
-PictureTruth = tuple[np.ndarray, np.ndarray, np.ndarray]  # class ids, boxes_xyxy, difficult
+MAX_DETECTIONS = 100  # per class and image
+ImageTruth = tuple[np.ndarray, np.ndarray, np.ndarray]  # class ids, boxes_xyxy, difficult
 
 
 class CocoFigures(NamedTuple):
@@ -26,23 +26,23 @@ class CocoFigures(NamedTuple):
 
 
 def coco_average_precision(
-    detections: Sequence[np.ndarray], ground_truth: Sequence[PictureTruth], num_classes: int
+    detections: Sequence[np.ndarray], ground_truth: Sequence[ImageTruth], num_classes: int
 ) -> CocoFigures:
-    """COCO's AP, AP50 and AP75 over all classes, at most 100 detections a class and picture.
+    """COCO's AP, AP50 and AP75 over all classes, at most 100 detections a class and image.
 
-    detections: a picture's (n, 6) xyxy, score, class id. ground_truth: the same picture's class
+    detections: an image's (n, 6) xyxy, score, class id. ground_truth: the same image's class
     ids (m,), boxes (m, 4) and difficult (m,). A difficult object is COCO's `iscrowd`: not counted,
     and any number of detections may lie on it, where overlap is the share of the detection that is
     covered.
     """
-    found, pictures = flatten(detections, width=6)
-    truth, truth_pictures = flatten_truth(ground_truth)
+    found, images = flatten(detections, width=6)
+    truth, truth_images = flatten_truth(ground_truth)
     curves = []
     for class_id in range(num_classes):
         own, real = found[:, 5] == class_id, truth[:, 5] == class_id
         counted = int((truth[real, 4] == 0).sum())
         if counted:
-            hits = match(found[own], pictures[own], truth[real], truth_pictures[real])
+            hits = match(found[own], images[own], truth[real], truth_images[real])
             curves.append(sampled_precision(*hits, counted))
     if not curves:
         return CocoFigures(np.nan, np.nan, np.nan)
@@ -51,37 +51,37 @@ def coco_average_precision(
 
 
 def flatten(parts: Sequence[np.ndarray], *, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture's rows behind one another, float64 (n, width), and each row's picture."""
+    """An image's rows behind one another, float64 (n, width), and each row's image."""
     rows = np.concatenate([np.zeros((0, width)), *parts])
     return rows, np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
-def flatten_truth(ground_truth: Sequence[PictureTruth]) -> tuple[np.ndarray, np.ndarray]:
-    """All objects (m, 6): xyxy, difficult, class id, and each one's picture."""
+def flatten_truth(ground_truth: Sequence[ImageTruth]) -> tuple[np.ndarray, np.ndarray]:
+    """All objects (m, 6): xyxy, difficult, class id, and each one's image."""
     objects = [np.column_stack((boxes, hard, ids)) for ids, boxes, hard in ground_truth]
     return flatten(objects, width=6)
 
 
 def match(
-    found: np.ndarray, pictures: np.ndarray, truth: np.ndarray, truth_pictures: np.ndarray
+    found: np.ndarray, images: np.ndarray, truth: np.ndarray, truth_images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Judge the detections of one class.
 
     Returns the scores (n,) of those that count, and true positive and ignored (thresholds, n).
     """
-    order = np.lexsort((-found[:, 4], pictures))  # stable: equal scores as they came
-    found, pictures = found[order], pictures[order]
-    rank = rank_in_group(pictures)
+    order = np.lexsort((-found[:, 4], images))  # stable: equal scores as they came
+    found, images = found[order], images[order]
+    rank = rank_in_group(images)
     kept = rank < MAX_DETECTIONS
-    found, pictures, rank = found[kept], pictures[kept], rank[kept]
-    boxes, crowd = by_picture(truth, truth_pictures, 1 + max(pictures.max(initial=0), 0))
-    iou = overlaps(found, boxes[pictures], crowd[pictures])
+    found, images, rank = found[kept], images[kept], rank[kept]
+    boxes, crowd = by_image(truth, truth_images, 1 + max(images.max(initial=0), 0))
+    iou = overlaps(found, boxes[images], crowd[images])
     taken = np.zeros((len(IOU_THRESHOLDS), *crowd.shape), bool)
     matched = np.zeros((len(IOU_THRESHOLDS), len(found)), bool)
     ignored = np.zeros_like(matched)
     by_rank = np.argsort(rank, kind="stable")
     for rows in np.split(by_rank, np.cumsum(np.bincount(rank))[:-1] if len(rank) else []):
-        where = pictures[rows]
+        where = images[rows]
         real = ~crowd[where] & ~taken[:, where]
         hit, chosen = best_match(iou[rows], real)
         threshold, row = np.nonzero(hit)
@@ -99,21 +99,21 @@ def rank_in_group(groups: np.ndarray) -> np.ndarray:
     return np.arange(len(groups)) - np.repeat(starts, lengths)
 
 
-def by_picture(
-    truth: np.ndarray, truth_pictures: np.ndarray, least: int
+def by_image(
+    truth: np.ndarray, truth_images: np.ndarray, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Objects padded to equally many a picture: boxes (P, G, 4), nan where none, crowd (P, G)."""
-    count = max(least, 1 + truth_pictures.max(initial=-1))
-    rank = rank_in_group(truth_pictures)
+    """Objects padded to equally many an image: boxes (P, G, 4), nan where none, crowd (P, G)."""
+    count = max(least, 1 + truth_images.max(initial=-1))
+    rank = rank_in_group(truth_images)
     boxes = np.full((count, 1 + rank.max(initial=-1), 4), np.nan)
     crowd = np.zeros(boxes.shape[:2], bool)
-    boxes[truth_pictures, rank] = truth[:, :4]
-    crowd[truth_pictures, rank] = truth[:, 4] > 0
+    boxes[truth_images, rank] = truth[:, :4]
+    crowd[truth_images, rank] = truth[:, 4] > 0
     return boxes, crowd
 
 
 def overlaps(found: np.ndarray, boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """(n, G) IoU of each detection with the objects of its picture, nan where there is none.
+    """(n, G) IoU of each detection with the objects of its image, nan where there is none.
 
     As pycocotools computes it, from corner, width and height, to the last bit.
     """

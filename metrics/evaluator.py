@@ -1,4 +1,4 @@
-"""One evaluation for training and evaluate.py: a pass over pictures, then average precision."""
+"""One evaluation for training and evaluate.py: a pass over images, then average precision."""
 
 import dataclasses
 import math
@@ -40,13 +40,13 @@ def evaluate(
     loss: nn.Module | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Detect on all pictures and score the boxes.
+    """Detect on all images and score the boxes.
 
     With `loss`, a YOLOLoss, also its mean terms and its cells, from the same forward. Under
     torchrun every rank calls this, takes its share and returns the same. The modes of model and
     loss are as before afterwards. options: batch_size, num_workers and progress, as
     `forward_batches` takes them. In float32 whatever the training's or the detection's precision:
-    one figure for a network, in training and afterwards. Raises UserError without pictures.
+    one figure for a network, in training and afterwards. Raises UserError without images.
     """
     started = time.perf_counter()
     detections: list[np.ndarray] = []
@@ -57,10 +57,10 @@ def evaluate(
             decoded = decode(outputs, anchors, input_shape, scale_xy)
             highest = torch.maximum(highest, (decoded[..., 4] * decoded[..., 5:].amax(-1)).amax())
             kept = non_max_suppression(decoded, EVAL_CONF_THRESHOLD, EVAL_NMS_IOU)
-            detections += in_picture_pixels(kept, batch, input_shape)
+            detections += in_image_pixels(kept, batch, input_shape)
             if loss is not None:
                 means.add(loss(outputs, targets, cells=True), len(batch))
-    merged, seconds = _gather_pictures(detections, len(samples)), time.perf_counter() - started
+    merged, seconds = _gather_images(detections, len(samples)), time.perf_counter() - started
     return dataclasses.replace(
         score_detections(samples, merged, class_names),
         highest_score=float(np.max(gather_objects(highest.item()))),
@@ -114,25 +114,25 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
 
 
 class LossMeans:
-    """Means of the loss terms over pictures, and its cells, summed on the device, read once."""
+    """Means of the loss terms over images, and its cells, summed on the device, read once."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(LOSS_TERMS), device=device)
-        self.pictures = 0
+        self.images = 0
         self.cells = CellHistogram(device)
 
-    def add(self, terms: Mapping[str, Any], pictures: int) -> None:
+    def add(self, terms: Mapping[str, Any], images: int) -> None:
         """Take in a batch: what YOLOLoss returned, with or without "cells"."""
-        self.sums += torch.stack([terms[name].float() for name in LOSS_TERMS]) * pictures
-        self.pictures += pictures
+        self.sums += torch.stack([terms[name].float() for name in LOSS_TERMS]) * images
+        self.images += images
         if "cells" in terms:
-            # Times the pictures as well: the cells of a last, smaller batch weigh no more.
+            # Times the images as well: the cells of a last, smaller batch weigh no more.
             cells = terms["cells"]
-            self.cells.add(cells._replace(losses=cells.losses * pictures))
+            self.cells.add(cells._replace(losses=cells.losses * images))
 
     def result(self) -> dict[str, float]:
-        """Over all ranks, each of which has seen as many pictures."""
-        means = np.mean(gather_objects(self.sums.tolist()), axis=0) / self.pictures
+        """Over all ranks, each of which has seen as many images."""
+        means = np.mean(gather_objects(self.sums.tolist()), axis=0) / self.images
         return dict(zip(LOSS_TERMS, means.tolist(), strict=True))
 
     def histogram(self) -> dict[str, Any]:
@@ -143,10 +143,10 @@ class LossMeans:
         return joint.to_json()
 
 
-def in_picture_pixels(
+def in_image_pixels(
     detections: Sequence[Tensor], samples: Sequence[Sample], input_shape: tuple[int, int]
 ) -> list[np.ndarray]:
-    """Detections (n, 6) of a batch from the device, in pixels of the original pictures."""
+    """Detections (n, 6) of a batch from the device, in pixels of the original images."""
     counts = [len(rows) for rows in detections]
     on_cpu = torch.cat(list(detections)).cpu().split(counts)  # one transfer a batch
     return [
@@ -158,18 +158,18 @@ def in_picture_pixels(
 
 
 def _share(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """This rank's pictures: every world_size-th.
+    """This rank's images: every world_size-th.
 
     All ranks get equally many, the last one perhaps from the start again, because the loss is a
     collective call that every rank has to make equally often.
     """
     if not samples:
-        raise UserError("There is no picture to evaluate on: the split is empty. Give another one.")
+        raise UserError("There is no image to evaluate on: the split is empty. Give another one.")
     count = math.ceil(len(samples) / world_size())
     return [samples[(rank() + step * world_size()) % len(samples)] for step in range(count)]
 
 
-def _gather_pictures(detections: list[np.ndarray], pictures: int) -> list[np.ndarray]:
-    """All ranks' detections in the order of the pictures: the inverse of `_share`."""
+def _gather_images(detections: list[np.ndarray], images: int) -> list[np.ndarray]:
+    """All ranks' detections in the order of the images: the inverse of `_share`."""
     parts = gather_objects(detections)
-    return [parts[index % len(parts)][index // len(parts)] for index in range(pictures)]
+    return [parts[index % len(parts)][index // len(parts)] for index in range(images)]

@@ -19,7 +19,7 @@ def non_max_suppression(
     """Keep the best of overlapping boxes of a class, one label a box.
 
     decoded: (B, K, 5 + C) of `decode`: xyxy, objectness, class probabilities. Returns for each
-    picture float32 (n, 6): xyxy, score, class, by falling score; of equal scores the earlier cell
+    image float32 (n, 6): xyxy, score, class, by falling score; of equal scores the earlier cell
     comes first. score = objectness * best class probability, kept when >= conf_threshold; the
     `max_candidates` best go on; a box is suppressed when its IoU with a better one of its class
     is > nms_iou; at most `max_detections` are returned. Boxes that are not finite are dropped.
@@ -27,13 +27,13 @@ def non_max_suppression(
     """
     with torch.no_grad():
         return [
-            suppress_picture(candidates[:max_candidates], nms_iou)[:max_detections]
+            suppress_image(candidates[:max_candidates], nms_iou)[:max_detections]
             for candidates in (ranked_candidates(cells, conf_threshold) for cells in decoded)
         ]
 
 
 def ranked_candidates(cells: Tensor, conf_threshold: float) -> Tensor:
-    """(K, 5 + C) cells of one picture -> (n, 6) xyxy, score, class, by falling score."""
+    """(K, 5 + C) cells of one image -> (n, 6) xyxy, score, class, by falling score."""
     probability, class_id = cells[:, 5:].float().max(dim=1)
     score = cells[:, 4].float() * probability
     kept = (score >= conf_threshold) & cells[:, :4].isfinite().all(dim=1) & score.isfinite()
@@ -41,7 +41,7 @@ def ranked_candidates(cells: Tensor, conf_threshold: float) -> Tensor:
     return rows[rows[:, 4].argsort(descending=True, stable=True)]
 
 
-def suppress_picture(candidates: Tensor, nms_iou: float) -> Tensor:
+def suppress_image(candidates: Tensor, nms_iou: float) -> Tensor:
     """Suppress within each class. candidates: (n, 6) by falling score; order is kept."""
     if len(candidates) == 0:
         return candidates

@@ -1,4 +1,4 @@
-"""Curves as picture files: of a training, of precision, of calibration, of the cells' loss."""
+"""Curves as image files: of a training, of precision, of calibration, of the cells' loss."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -49,7 +49,7 @@ class Evaluation:
     AP75: float
     per_class: dict[str, float]  # AP50
     class_counts: dict[str, dict[str, int]]  # ground_truth, detections
-    counts: dict[str, int]  # pictures, ground_truth, difficult, detections
+    counts: dict[str, int]  # images, ground_truth, difficult, detections
     conf_threshold: float
     f1: float
     precision: float
@@ -59,7 +59,7 @@ class Evaluation:
     ece: float
     reliability: dict[str, list[float]]  # confidence, precision, count of each bin of score
     curves: dict[str, tuple[np.ndarray, np.ndarray]]  # class -> precision, recall, by score
-    detections: Sequence[np.ndarray]  # a picture's (n, 6): xyxy in its pixels, score, class id
+    detections: Sequence[np.ndarray]  # an image's (n, 6): xyxy in its pixels, score, class id
     matches: dict[str, Matches]  # class -> its detections, judged at IoU .5
     highest_score: float = math.nan
     losses: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -67,8 +67,8 @@ class Evaluation:
     seconds: float = math.nan
 
     @property
-    def pictures_per_second(self) -> float:
-        return self.counts["pictures"] / self.seconds
+    def images_per_second(self) -> float:
+        return self.counts["images"] / self.seconds
 
     def at_threshold(self, conf_threshold: float) -> OperatingPoint:
         """F1, precision and recall over all classes when scores >= conf_threshold are kept."""
@@ -93,7 +93,7 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """Plain types for evaluation.json, without curves and boxes; nan becomes None."""
         values = {name: value for name, value in vars(self).items() if name not in NOT_FIGURES}
-        values["pictures_per_second"] = self.pictures_per_second
+        values["images_per_second"] = self.images_per_second
         values["thresholds"] = {
             "score": EVAL_CONF_THRESHOLD,
             "nms_iou": EVAL_NMS_IOU,
@@ -105,7 +105,7 @@ class Evaluation:
 def score_detections(
     samples: Sequence[Sample], detections: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> Evaluation:
-    """VOC and COCO figures of detections: a (n, 6) xyxy, score, class id array a picture."""
+    """VOC and COCO figures of detections: a (n, 6) xyxy, score, class id array an image."""
     truth = [(sample.class_ids, sample.boxes_xyxy, sample.difficult) for sample in samples]
     judged = match_classes(detections, truth, len(class_names), iou_threshold=MATCH_IOU)
     matches = dict(zip(class_names, judged, strict=True))
@@ -127,7 +127,7 @@ def score_detections(
         per_class={name: per_class.get(name, math.nan) for name in class_names},
         class_counts=class_counts,
         counts={
-            "pictures": len(samples),
+            "images": len(samples),
             "ground_truth": sum(own["ground_truth"] for own in class_counts.values()),
             "difficult": sum(int(difficult.sum()) for _, _, difficult in truth),
             "detections": sum(len(rows) for rows in detections),
@@ -187,7 +187,7 @@ def format_table(evaluation: Evaluation) -> str:
         f"VOC   AP50 {e.AP50:.4f}   AP50 of 11 points {e.AP50_11point:.4f}",
         f"COCO  AP {e.AP:.4f}   AP50 {e.AP50_coco:.4f}   AP75 {e.AP75:.4f}",
         f"at score >= {EVAL_CONF_THRESHOLD}, NMS IoU {EVAL_NMS_IOU}, VOC match IoU {MATCH_IOU}; "
-        f"{counts['pictures']} pictures, {counts['difficult']} difficult objects left out",
+        f"{counts['images']} images, {counts['difficult']} difficult objects left out",
         f"expected calibration error {e.ece:.4f} over {sum(e.reliability['count'])} boxes of "
         f"score >= {CALIBRATION_FLOOR}",
         _threshold_line(evaluation),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metrics.coco import PictureTruth, flatten, flatten_truth
+from metrics.coco import ImageTruth, flatten, flatten_truth
 
 ELEVEN_RECALLS = np.linspace(0, 1, 11)
 
@@ -24,11 +24,11 @@ class Matches(NamedTuple):
 
 
 class GroundTruth(NamedTuple):
-    """The objects of one class, picture after picture: boxes (M, 4), difficult (M,)."""
+    """The objects of one class, image after image: boxes (M, 4), difficult (M,)."""
 
     boxes: np.ndarray
     difficult: np.ndarray
-    first: np.ndarray  # where a picture's objects begin
+    first: np.ndarray  # where an image's objects begin
     counts: np.ndarray
 
 
@@ -44,34 +44,34 @@ def match_detections(
     """Judge the detections of one class by the VOC devkit's rules (VOCevaldet.m).
 
     In order of falling score (equal scores: in the order given), each detection meets the object
-    of its picture that it overlaps most. Is the overlap at least iou_threshold, it is a true
+    of its image that it overlaps most. Is the overlap at least iou_threshold, it is a true
     positive, unless the object was taken before (then a false positive) or is difficult (ignored,
-    however often). A picture that gt_boxes does not name has no object.
+    however often). An image that gt_boxes does not name has no object.
 
     image_ids, scores, boxes_xyxy: n detections, boxes (n, 4). gt_boxes, gt_difficult: image id ->
     (m, 4) boxes and (m,) bools. Boxes are xyxy pixels, inclusive: width is xmax - xmin + 1.
-    Raises ValueError when lengths disagree or gt_difficult names other pictures than gt_boxes.
+    Raises ValueError when lengths disagree or gt_difficult names other images than gt_boxes.
     """
     scores = np.asarray(scores, dtype=np.float64).reshape(-1)
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
     ids = image_ids.tolist() if hasattr(image_ids, "tolist") else image_ids
     if not len(ids) == len(scores) == len(boxes):
         raise ValueError(f"{len(ids)} image ids, {len(scores)} scores and {len(boxes)} boxes")
-    truth, picture_of = _stack_ground_truth(gt_boxes, gt_difficult)
-    pictures = np.array([picture_of.get(name, 0) for name in ids], dtype=np.int64)
-    return _judge(scores, boxes, pictures, truth, iou_threshold)
+    truth, image_of = _stack_ground_truth(gt_boxes, gt_difficult)
+    images = np.array([image_of.get(name, 0) for name in ids], dtype=np.int64)
+    return _judge(scores, boxes, images, truth, iou_threshold)
 
 
 def _judge(
     scores: np.ndarray,
     boxes: np.ndarray,
-    pictures: np.ndarray,
+    images: np.ndarray,
     truth: GroundTruth,
     iou_threshold: float,
 ) -> Matches:
-    """Matches of detections (n,), (n, 4), with the index of each one's picture."""
+    """Matches of detections (n,), (n, 4), with the index of each one's image."""
     order = np.argsort(-scores, kind="stable")
-    overlap, nearest = _best_overlaps(boxes[order], pictures[order], truth)
+    overlap, nearest = _best_overlaps(boxes[order], images[order], truth)
     hit = (overlap > 0) & (overlap >= iou_threshold)
     ignored = np.zeros_like(hit)
     ignored[hit] = truth.difficult[nearest[hit]]
@@ -133,39 +133,39 @@ def voc_average_precision(
 
 def match_classes(
     detections: Sequence[np.ndarray],
-    ground_truth: Sequence[PictureTruth],
+    ground_truth: Sequence[ImageTruth],
     num_classes: int,
     *,
     iou_threshold: float = 0.5,
 ) -> list[Matches]:
     """`match_detections` for every class of a whole split.
 
-    detections: a picture's (n, 6) xyxy, score, class id. ground_truth: the same picture's class
+    detections: an image's (n, 6) xyxy, score, class id. ground_truth: the same image's class
     ids (m,), boxes (m, 4) and difficult (m,).
     """
-    found, pictures = flatten(detections, width=6)
-    truth, truth_pictures = flatten_truth(ground_truth)
+    found, images = flatten(detections, width=6)
+    truth, truth_images = flatten_truth(ground_truth)
     matches = []
     for class_id in range(num_classes):
         own, real = found[:, 5] == class_id, truth[:, 5] == class_id
-        counts = np.bincount(truth_pictures[real], minlength=len(detections))
+        counts = np.bincount(truth_images[real], minlength=len(detections))
         stacked = GroundTruth(
             truth[real, :4], truth[real, 4] > 0, np.cumsum(counts) - counts, counts
         )
         chosen = found[own]
-        matches.append(_judge(chosen[:, 4], chosen[:, :4], pictures[own], stacked, iou_threshold))
+        matches.append(_judge(chosen[:, 4], chosen[:, :4], images[own], stacked, iou_threshold))
     return matches
 
 
 def _stack_ground_truth(
     gt_boxes: Mapping, gt_difficult: Mapping
 ) -> tuple[GroundTruth, dict[Hashable, int]]:
-    """Lay the objects of all pictures behind one another, an empty picture first.
+    """Lay the objects of all images behind one another, an empty image first.
 
-    Also returns the index of each image id; 0 is the picture without objects.
+    Also returns the index of each image id; 0 is the image without objects.
     """
     if gt_boxes.keys() != gt_difficult.keys():
-        raise ValueError("gt_boxes and gt_difficult must name the same pictures")
+        raise ValueError("gt_boxes and gt_difficult must name the same images")
     boxes = [
         np.zeros((0, 4)),
         *(np.asarray(box, float).reshape(-1, 4) for box in gt_boxes.values()),
@@ -174,26 +174,26 @@ def _stack_ground_truth(
     counts = np.array([len(box) for box in boxes])
     if [len(flag) for flag in flags] != counts.tolist():
         raise ValueError("gt_difficult needs one flag a box of gt_boxes")
-    picture_of = {name: index for index, name in enumerate(gt_boxes, start=1)}
+    image_of = {name: index for index, name in enumerate(gt_boxes, start=1)}
     first = np.cumsum(counts) - counts
     truth = GroundTruth(np.concatenate(boxes), np.concatenate(flags), first, counts)
-    return truth, picture_of
+    return truth, image_of
 
 
 def _best_overlaps(
-    boxes: np.ndarray, pictures: np.ndarray, truth: GroundTruth
+    boxes: np.ndarray, images: np.ndarray, truth: GroundTruth
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The highest IoU of each detection with an object of its picture, and that object's index.
+    """The highest IoU of each detection with an object of its image, and that object's index.
 
-    One step a rank of object (the first of every picture, the second, ...), all detections at
+    One step a rank of object (the first of every image, the second, ...), all detections at
     once; the earlier object wins a tie, as the devkit's `ov > ovmax` has it.
     """
     best = np.zeros(len(boxes))
     nearest = np.full(len(boxes), -1)
-    counts = truth.counts[pictures]
+    counts = truth.counts[images]
     for rank in range(counts.max(initial=0)):
         rows = np.flatnonzero(counts > rank)
-        objects = truth.first[pictures[rows]] + rank
+        objects = truth.first[images[rows]] + rank
         overlap = _inclusive_iou(boxes[rows], truth.boxes[objects])
         better = overlap > best[rows]
         best[rows[better]] = overlap[better]

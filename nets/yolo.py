@@ -1,4 +1,4 @@
-"""YOLOv4 (Bochkovskiy et al. 2020): backbone, neck and three heads, in pictures, raw maps out."""
+"""YOLOv4 (Bochkovskiy et al. 2020): backbone, neck and three heads, in images, raw maps out."""
 
 import math
 
@@ -15,7 +15,7 @@ BOX_CHANNELS = 5  # tx, ty, tw, th, objectness, before the classes
 OBJECTNESS = 4
 MAX_STRIDE = 32
 # About one cell in a hundred holds an object. From .5 the first hundred steps would only learn
-# that: the confidence loss of a picture then starts at 5.3, and at .1 from this prior.
+# that: the confidence loss of an image then starts at 5.3, and at .1 from this prior.
 SCRATCH_PRIOR = 0.01
 
 

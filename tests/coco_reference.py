@@ -8,11 +8,11 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from metrics.coco import PictureTruth
+from metrics.coco import ImageTruth
 
 
 def pycocotools_figures(
-    detections: Sequence[np.ndarray], ground_truth: Sequence[PictureTruth], num_classes: int
+    detections: Sequence[np.ndarray], ground_truth: Sequence[ImageTruth], num_classes: int
 ) -> tuple[float, float, float]:
     """AP, AP50, AP75; arguments as of `coco_average_precision`."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -29,17 +29,17 @@ def pycocotools_figures(
     return tuple(float(part[part > -1].mean()) for part in parts)
 
 
-def coco_dataset(ground_truth: Sequence[PictureTruth], num_classes: int) -> dict:
-    """Ground truth as COCO's dictionary; a picture's id is its index. See above for the shapes."""
+def coco_dataset(ground_truth: Sequence[ImageTruth], num_classes: int) -> dict:
+    """Ground truth as COCO's dictionary; an image's id is its index. See above for the shapes."""
     annotations = []
-    for picture, (class_ids, boxes_xyxy, difficult) in enumerate(ground_truth):
+    for image, (class_ids, boxes_xyxy, difficult) in enumerate(ground_truth):
         for class_id, box, crowd in zip(class_ids, boxes_xyxy, difficult, strict=True):
             left, top, right, bottom = (float(edge) for edge in box)
             width, height = right - left, bottom - top
             annotations.append(
                 {
                     "id": len(annotations) + 1,  # 0 would read as "not matched"
-                    "image_id": picture,
+                    "image_id": image,
                     "category_id": int(class_id),
                     "bbox": [left, top, width, height],
                     "area": width * height,
@@ -48,21 +48,21 @@ def coco_dataset(ground_truth: Sequence[PictureTruth], num_classes: int) -> dict
             )
     return {
         "info": {},
-        "images": [{"id": picture} for picture in range(len(ground_truth))],
+        "images": [{"id": image} for image in range(len(ground_truth))],
         "categories": [{"id": index, "name": str(index)} for index in range(num_classes)],
         "annotations": annotations,
     }
 
 
 def coco_results(detections: Sequence[np.ndarray]) -> list[dict]:
-    """Detections, an (n, 6) array a picture, as COCO's list of results."""
+    """Detections, an (n, 6) array an image, as COCO's list of results."""
     return [
         {
-            "image_id": picture,
+            "image_id": image,
             "category_id": int(class_id),
             "bbox": [left, top, right - left, bottom - top],
             "score": score,
         }
-        for picture, rows in enumerate(detections)
+        for image, rows in enumerate(detections)
         for left, top, right, bottom, score, class_id in rows.tolist()
     ]

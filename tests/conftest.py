@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.factory import add_picture, coloured_boxes, write_split
+from tests.factory import add_image, coloured_boxes, write_split
 
 ROOT = Path(__file__).resolve().parent.parent
 # One thread, here and in every script: two processes of two threads each on two cores wait for
@@ -38,15 +38,15 @@ def run_script():
 
 @pytest.fixture(scope="session")
 def tiny_voc(tmp_path_factory):
-    """A VOC tree of twelve 64 x 80 pictures with red and green boxes, and its classes.txt."""
+    """A VOC tree of twelve 64 x 80 images with red and green boxes, and its classes.txt."""
     root = tmp_path_factory.mktemp("voc") / "Tiny"
     rng = np.random.default_rng(0)
-    names = [f"picture {i}" for i in range(12)]
+    names = [f"image {i}" for i in range(12)]
     for name in names:
         x, y = rng.integers(2, 40, 2)
         boxes = [(x, y, x + 20, y + 18), (70 - x, y, 78 - x, y + 12)]
         image = coloured_boxes((64, 80), boxes, [(255, 0, 0), (0, 255, 0)])
-        add_picture(root, name, image, [("red", boxes[0]), ("green", boxes[1])], ".jpg")
+        add_image(root, name, image, [("red", boxes[0]), ("green", boxes[1])], ".jpg")
     write_split(root, "train", names[:8])
     write_split(root, "val", names[8:])
     (root / "classes.txt").write_text("red\ngreen\n")

@@ -25,10 +25,10 @@ def annotation_xml(file_name: str, image_hw: tuple[int, int], boxes: Iterable[Bo
     return f"<annotation><filename>{escape(file_name)}</filename>{size}{objects}</annotation>"
 
 
-def add_picture(
+def add_image(
     root: Path, image_id: str, image_rgb: np.ndarray, boxes: Iterable[Box], suffix: str = ".png"
 ) -> None:
-    """Write one picture (RGB uint8) and its annotation into a VOC tree."""
+    """Write one image (RGB uint8) and its annotation into a VOC tree."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     ok, data = cv2.imencode(suffix, image_rgb[..., ::-1])
@@ -49,7 +49,7 @@ def write_split(root: Path, split: str, image_ids: Sequence[str]) -> None:
 def coloured_boxes(
     image_hw: tuple[int, int], boxes_xyxy: Sequence, colours: Sequence, background: int = 128
 ) -> np.ndarray:
-    """An RGB picture of filled rectangles on grey, one colour a box."""
+    """An RGB image of filled rectangles on grey, one colour a box."""
     image = np.full((*image_hw, 3), background, np.uint8)
     for (x1, y1, x2, y2), colour in zip(boxes_xyxy, colours, strict=True):
         image[round(y1) : round(y2), round(x1) : round(x2)] = colour

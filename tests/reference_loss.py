@@ -1,6 +1,6 @@
 """The original fork's loss by its definition, slow and plain: the oracle of tests and benchmarks.
 
-Loops over pictures, boxes and scales; confidence on probabilities clamped at 1e-7, as it had.
+Loops over images, boxes and scales; confidence on probabilities clamped at 1e-7, as it had.
 """
 
 import math
@@ -97,7 +97,7 @@ def decode_scale(prediction: Tensor, scale: int) -> Tensor:
 
 
 def find_ignored(boxes: Tensor, targets: Tensor, threshold: float) -> Tensor:
-    """(B, 3, H, W) bool: the predicted box overlaps a ground truth of its picture enough."""
+    """(B, 3, H, W) bool: the predicted box overlaps a ground truth of its image enough."""
     batch, _, rows, columns, _ = boxes.shape
     ignored = torch.zeros(batch, 3, rows, columns, dtype=torch.bool, device=boxes.device)
     size = torch.tensor([columns, rows, columns, rows], device=boxes.device)

@@ -66,7 +66,7 @@ def cells_around(assigner, x, y, grid_hw):
 
 
 def candidates_by_loops(row, assigner, threshold=0.213):
-    """Cells of its picture that may be a truth's, by the definition."""
+    """Cells of its image that may be a truth's, by the definition."""
     _, class_id, cx, cy, w, h = row
     size = (w * INPUT_W, h * INPUT_H)
     overlap = anchor_overlap(torch.tensor([size]), torch.tensor(ANCHORS).float())[0].tolist()
@@ -82,7 +82,7 @@ def candidates_by_loops(row, assigner, threshold=0.213):
 
 
 def by_loops(rows, assigner, threshold):
-    """{(picture, cell): (last truth, classes)}, by the definition."""
+    """{(image, cell): (last truth, classes)}, by the definition."""
     found = {}
     for index, row in enumerate(rows):
         for cell in candidates_by_loops(row, assigner, threshold):
@@ -157,7 +157,7 @@ def test_an_ignore_region_is_no_positive_and_takes_no_cell(assigner):
 
 @STATIC
 @pytest.mark.parametrize("seed", range(5))
-def test_crowded_pictures_equal_plain_loops(assigner, seed):
+def test_crowded_images_equal_plain_loops(assigner, seed):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.rand(200, 6, generator=generator)
     rows[:, 0] = torch.randint(0, 2, (200,), generator=generator)
@@ -258,7 +258,7 @@ def test_ignored_cells_are_those_of_pairwise_iou_in_chunks_of_any_size(
     generator = torch.Generator().manual_seed(0)
     boxes = random_corners(3 * 400, generator).view(3, 400, 4)
     truths = random_corners(25, generator)
-    images = torch.randint(0, 2, (25,), generator=generator)  # the last picture has none
+    images = torch.randint(0, 2, (25,), generator=generator)  # the last image has none
     found = overlaps_truth(boxes.permute(2, 0, 1), truths, images, threshold=threshold)
     for image in range(3):
         iou = pairwise_iou(boxes[image], truths[images == image])

@@ -7,9 +7,9 @@ import pytest
 
 from data.augment import (
     Augmentation,
-    Picture,
+    LabelledImage,
     mixup,
-    place_picture,
+    place_image,
     random_mosaic,
     random_single,
     scale_hsv,
@@ -26,11 +26,11 @@ COLOURS = [tuple(255 * (i >> bit & 1) for bit in range(3)) for i in range(8)]
 
 
 def drawn(image_hw, boxes_xyxy, class_ids=None):
-    """A picture with boxes drawn on grey, the class id telling the colour."""
+    """An image with boxes drawn on grey, the class id telling the colour."""
     class_ids = range(len(boxes_xyxy)) if class_ids is None else class_ids
     image = coloured_boxes(image_hw, boxes_xyxy, [COLOURS[i] for i in class_ids])
     boxes_xyxy = np.array(boxes_xyxy, np.float32).reshape(-1, 4)
-    return Picture(image, boxes_xyxy, np.array(list(class_ids), np.int64))
+    return LabelledImage(image, boxes_xyxy, np.array(list(class_ids), np.int64))
 
 
 def colour_mask(image, colour, contrast=64):
@@ -49,15 +49,15 @@ def box_mask(boxes_xyxy, size_hw, margin):
     return mask
 
 
-def assert_boxes_lie_on_their_colours(picture):
+def assert_boxes_lie_on_their_colours(image):
     """Each class's colour fills its boxes, and is nowhere else, to 1.5 pixels at each edge.
 
     Lines of up to two pixels are no contradiction: their boxes may have been dropped as too thin.
     """
-    size_hw = picture.image.shape[:2]
+    size_hw = image.image.shape[:2]
     for class_id, colour in enumerate(COLOURS):
-        boxes_xyxy = picture.boxes_xyxy[picture.class_ids == class_id]
-        mask = colour_mask(picture.image, colour)
+        boxes_xyxy = image.boxes_xyxy[image.class_ids == class_id]
+        mask = colour_mask(image.image, colour)
         thick = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
         assert not (box_mask(boxes_xyxy, size_hw, -1.5) & ~mask).any()
         assert not (thick.astype(bool) & ~box_mask(boxes_xyxy, size_hw, 1.5)).any()
@@ -72,7 +72,7 @@ def two_boxes(image_hw, first_class):
 
 @pytest.mark.parametrize("input_hw", [(96, 96), (64, 160)])
 @pytest.mark.parametrize("image_hw", [(120, 160), (300, 90), (33, 40)])
-def test_boxes_follow_the_pixels_of_a_single_picture(image_hw, input_hw):
+def test_boxes_follow_the_pixels_of_a_single_image(image_hw, input_hw):
     for seed in range(60):
         rng = np.random.default_rng(seed)
         result = random_single(two_boxes(image_hw, 0), input_hw, augmentation=PLAIN, rng=rng)
@@ -82,57 +82,57 @@ def test_boxes_follow_the_pixels_of_a_single_picture(image_hw, input_hw):
 
 @pytest.mark.parametrize("input_hw", [(96, 96), (64, 160)])
 def test_boxes_follow_the_pixels_of_a_mosaic(input_hw):
-    pictures = [
+    images = [
         two_boxes(hw, 2 * i) for i, hw in enumerate([(120, 160), (200, 90), (50, 50), (97, 301)])
     ]
     for seed in range(60):
         rng = np.random.default_rng(seed)
         assert_boxes_lie_on_their_colours(
-            random_mosaic(pictures, input_hw, augmentation=PLAIN, rng=rng)
+            random_mosaic(images, input_hw, augmentation=PLAIN, rng=rng)
         )
 
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_placement_is_exact_beyond_every_edge_of_the_canvas(flip):
-    picture = drawn((60, 80), [[5, 10, 25, 50], [40, 2, 78, 30]], [0, 1])
+    image = drawn((60, 80), [[5, 10, 25, 50], [40, 2, 78, 30]], [0, 1])
     for top, left in [(0, 0), (-37, -51), (20, 33), (-100, 63), (63, -100)]:
         canvas = np.full((64, 64, 3), GREY, np.uint8)
-        placement = place_picture(
+        placement = place_image(
             (60, 80), (0, 0, 64, 64), size_hw=(101, 137), top_left=(top, left), flip=flip
         )
-        placement.draw(picture.image, canvas)
-        seen = seen_boxes([picture], [placement], min_visible=0)
-        assert_boxes_lie_on_their_colours(Picture(canvas, *seen))
+        placement.draw(image.image, canvas)
+        seen = seen_boxes([image], [placement], min_visible=0)
+        assert_boxes_lie_on_their_colours(LabelledImage(canvas, *seen))
         scale = np.array([137 / 80, 101 / 60] * 2)
-        boxes = picture.boxes_xyxy[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [80, 0, 80, 0]
-        ideal = (boxes if flip else picture.boxes_xyxy) * scale + [left, top, left, top]
+        boxes = image.boxes_xyxy[:, [2, 1, 0, 3]] * [-1, 1, -1, 1] + [80, 0, 80, 0]
+        ideal = (boxes if flip else image.boxes_xyxy) * scale + [left, top, left, top]
         # The part seen is rounded to whole pixels of the source: half of one is 0.86 here.
         for box, index in zip(*seen, strict=True):
             assert np.abs(box - ideal[index].clip(0, 64)).max() < 0.9
 
 
-def test_a_whole_picture_at_its_own_size_is_copied_and_flipped_without_a_change():
+def test_a_whole_image_at_its_own_size_is_copied_and_flipped_without_a_change():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    picture = Picture(image, np.array([[3, 4, 10, 20]], np.float32), np.array([7]))
+    source = LabelledImage(image, np.array([[3, 4, 10, 20]], np.float32), np.array([7]))
     for flip, expected, box in [(False, image, [5, 5, 12, 21]), (True, image[:, ::-1], 0)]:
         canvas = np.zeros((40, 40, 3), np.uint8)
-        placement = place_picture(
+        placement = place_image(
             (20, 30), (0, 0, 40, 40), size_hw=(20, 30), top_left=(1, 2), flip=flip
         )
-        placement.draw(picture.image, canvas)
-        boxes_xyxy, class_ids = seen_boxes([picture], [placement], min_visible=0)
+        placement.draw(source.image, canvas)
+        boxes_xyxy, class_ids = seen_boxes([source], [placement], min_visible=0)
         assert (canvas[1:21, 2:32] == expected).all()
         assert boxes_xyxy.tolist() == [[22, 5, 29, 21] if flip else box]
         assert class_ids.tolist() == [7]
 
 
-def test_mosaic_shows_each_picture_in_its_quadrant_with_a_corner_at_the_crossing():
+def test_mosaic_shows_each_image_in_its_quadrant_with_a_corner_at_the_crossing():
     fixed = dataclasses.replace(
         PLAIN, mosaic_centre=(0.5, 0.5), mosaic_scale=(0.4, 0.4), jitter=0, flip_prob=0
     )
-    pictures = [drawn((50, 50), [[0, 0, 50, 50]], [i]) for i in range(4)]
+    images = [drawn((50, 50), [[0, 0, 50, 50]], [i]) for i in range(4)]
     rng = np.random.default_rng(0)
-    result = random_mosaic(pictures, (100, 100), augmentation=fixed, rng=rng)
+    result = random_mosaic(images, (100, 100), augmentation=fixed, rng=rng)
     assert result.class_ids.tolist() == [0, 1, 2, 3]
     assert result.boxes_xyxy.tolist() == [
         [10, 10, 50, 50],
@@ -145,9 +145,9 @@ def test_mosaic_shows_each_picture_in_its_quadrant_with_a_corner_at_the_crossing
 
 
 def test_boxes_end_at_the_seams_of_a_mosaic():
-    pictures = [drawn((50, 50), [[0, 0, 50, 50]], [i]) for i in range(4)]
+    images = [drawn((50, 50), [[0, 0, 50, 50]], [i]) for i in range(4)]
     full = dataclasses.replace(PLAIN, mosaic_scale=(1, 1), mosaic_centre=(0.25, 0.25), jitter=0)
-    result = random_mosaic(pictures, (64, 128), augmentation=full, rng=np.random.default_rng(1))
+    result = random_mosaic(images, (64, 128), augmentation=full, rng=np.random.default_rng(1))
     left, right = 32, 32 + 64
     assert result.boxes_xyxy.tolist() == [
         [0, 0, left, 16],
@@ -160,17 +160,17 @@ def test_boxes_end_at_the_seams_of_a_mosaic():
 @pytest.mark.parametrize("min_visible", [0.0, 0.4])
 def test_cut_boxes_are_kept_ignored_or_dropped_by_what_is_left_of_them(min_visible):
     boxes = np.array([[0, 0, 10, 10], [0, 0, 30, 10], [0, 0, 21, 10], [30, 5, 50, 6]], np.float32)
-    picture = Picture(np.zeros((50, 50, 3), np.uint8), boxes, np.arange(4))
-    placement = place_picture(
+    image = LabelledImage(np.zeros((50, 50, 3), np.uint8), boxes, np.arange(4))
+    placement = place_image(
         (50, 50), (0, 0, 30, 50), size_hw=(50, 50), top_left=(0, -20), flip=False
     )
-    boxes_xyxy, class_ids = seen_boxes([picture], [placement], min_visible=min_visible)
+    boxes_xyxy, class_ids = seen_boxes([image], [placement], min_visible=min_visible)
     # Out of view, a third in view, one pixel wide, one pixel high.
     assert boxes_xyxy.tolist() == [[0, 0, 10, 10]]
     assert class_ids.tolist() == [1 if min_visible == 0 else -1]
 
 
-def test_mixup_is_the_mean_of_both_pictures_with_the_objects_of_both():
+def test_mixup_is_the_mean_of_both_images_with_the_objects_of_both():
     first = drawn((40, 40), [[2, 3, 15, 30]], [1])
     second = drawn((40, 40), [[20, 5, 38, 17]], [4])
     mixed = mixup(first, second)
@@ -183,7 +183,7 @@ def test_mixup_is_the_mean_of_both_pictures_with_the_objects_of_both():
 
 
 @pytest.mark.parametrize("transform", ["single", "mosaic", "mixup"])
-def test_pictures_without_objects_stay_without_objects(transform):
+def test_images_without_objects_stay_without_objects(transform):
     empty, rng = drawn((30, 40), []), np.random.default_rng(0)
     result = {
         "single": lambda: random_single(empty, (64, 64), augmentation=PLAIN, rng=rng),
@@ -197,8 +197,8 @@ def test_pictures_without_objects_stay_without_objects(transform):
 
 
 @pytest.mark.parametrize("image_hw", [(1, 1), (1, 500), (500, 1), (2, 3)])
-def test_pictures_of_any_shape_work(image_hw):
-    picture = Picture(
+def test_images_of_any_shape_work(image_hw):
+    image = LabelledImage(
         np.full((*image_hw, 3), 255, np.uint8),
         np.array([[0, 0, image_hw[1], image_hw[0]]], np.float32),
         np.array([7]),
@@ -206,22 +206,22 @@ def test_pictures_of_any_shape_work(image_hw):
     for seed in range(30):
         rng = np.random.default_rng(seed)
         assert_boxes_lie_on_their_colours(
-            random_single(picture, (64, 64), augmentation=PLAIN, rng=rng)
+            random_single(image, (64, 64), augmentation=PLAIN, rng=rng)
         )
-        random_mosaic([picture] * 4, (64, 32), augmentation=PLAIN, rng=rng)
+        random_mosaic([image] * 4, (64, 32), augmentation=PLAIN, rng=rng)
 
 
 def test_the_source_is_never_written_to():
     augmentation, rng = Augmentation(), np.random.default_rng(0)
-    picture = two_boxes((40, 50), 1)
-    image, boxes_xyxy = picture.image.copy(), picture.boxes_xyxy.copy()
-    picture.image.flags.writeable = picture.boxes_xyxy.flags.writeable = False
+    source = two_boxes((40, 50), 1)
+    image, boxes_xyxy = source.image.copy(), source.boxes_xyxy.copy()
+    source.image.flags.writeable = source.boxes_xyxy.flags.writeable = False
     for _ in range(20):
-        single = random_single(picture, (64, 64), augmentation=augmentation, rng=rng)
-        mosaic = random_mosaic([picture] * 4, (64, 64), augmentation=augmentation, rng=rng)
+        single = random_single(source, (64, 64), augmentation=augmentation, rng=rng)
+        mosaic = random_mosaic([source] * 4, (64, 64), augmentation=augmentation, rng=rng)
         mixup(single, mosaic)
-    assert np.array_equal(picture.image, image)
-    assert np.array_equal(picture.boxes_xyxy, boxes_xyxy)
+    assert np.array_equal(source.image, image)
+    assert np.array_equal(source.boxes_xyxy, boxes_xyxy)
 
 
 @pytest.mark.parametrize(
@@ -243,16 +243,16 @@ def test_hsv_gains_agree_with_colorsys(gains):
 def test_without_gains_no_pixel_changes():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     fixed = dataclasses.replace(PLAIN, scale=(1, 1), jitter=0, flip_prob=0)
-    picture = Picture(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    result = random_single(picture, (16, 16), augmentation=fixed, rng=np.random.default_rng(0))
+    source = LabelledImage(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    result = random_single(source, (16, 16), augmentation=fixed, rng=np.random.default_rng(0))
     assert (result.image == image).all()
 
 
 def sizes_of_singles(augmentation, count=200):
     """(count, 2) width and height at 100 x 100 of a white square, flips and places ignored."""
-    picture = drawn((50, 50), [[0, 0, 50, 50]], [7])
+    image = drawn((50, 50), [[0, 0, 50, 50]], [7])
     results = (
-        random_single(picture, (100, 100), augmentation=augmentation, rng=rng)
+        random_single(image, (100, 100), augmentation=augmentation, rng=rng)
         for rng in map(np.random.default_rng, range(count))
     )
     return np.array([result.boxes_xyxy[0, 2:] - result.boxes_xyxy[0, :2] for result in results])
@@ -270,12 +270,12 @@ def test_scale_and_jitter_reach_their_limits_and_no_further():
 
 
 @pytest.mark.parametrize(("flip_prob", "expected"), [(0, 0), (0.5, 0.5), (1, 1)])
-def test_flip_prob_is_the_share_of_mirrored_pictures(flip_prob, expected):
-    picture = drawn((50, 50), [[0, 0, 10, 50], [40, 0, 50, 50]])
+def test_flip_prob_is_the_share_of_mirrored_images(flip_prob, expected):
+    image = drawn((50, 50), [[0, 0, 10, 50], [40, 0, 50, 50]])
     fixed = dataclasses.replace(PLAIN, scale=(1, 1), jitter=0, flip_prob=flip_prob)
     mirrored = []
     for rng in map(np.random.default_rng, range(200)):
-        boxes = random_single(picture, (50, 50), augmentation=fixed, rng=rng).boxes_xyxy
+        boxes = random_single(image, (50, 50), augmentation=fixed, rng=rng).boxes_xyxy
         mirrored.append(boxes[0, 0] > boxes[1, 0])
     assert abs(np.mean(mirrored) - expected) < 0.1
 
@@ -283,9 +283,9 @@ def test_flip_prob_is_the_share_of_mirrored_pictures(flip_prob, expected):
 @pytest.mark.parametrize(("knob", "channel"), [("hue", 0), ("saturation", 1), ("value", 2)])
 def test_each_colour_gain_changes_its_own_channel(knob, channel):
     image = np.full((8, 8, 3), (150, 100, 60), np.uint8)
-    picture = Picture(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    source = LabelledImage(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     fixed = dataclasses.replace(PLAIN, scale=(1, 1), jitter=0, **{knob: 0.5})
-    result = random_single(picture, (8, 8), augmentation=fixed, rng=np.random.default_rng(0))
+    result = random_single(source, (8, 8), augmentation=fixed, rng=np.random.default_rng(0))
     before, after = (
         cv2.cvtColor(x, cv2.COLOR_RGB2HSV)[0, 0].astype(int) for x in (image, result.image)
     )

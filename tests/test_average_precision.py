@@ -56,17 +56,17 @@ def plain_voc_ap(image_ids, scores, boxes, gt_boxes, gt_difficult, threshold, el
     return sum((recall[i] - recall[i - 1]) * precision[i] for i in steps)
 
 
-def random_split(seed, pictures=12, classes=3, per_picture=25):
+def random_split(seed, images=12, classes=3, per_image=25):
     """Detections and truth with jittered, doubled, stray and difficult boxes, and equal scores."""
     rng = np.random.default_rng(seed)
     detections, truth = [], []
-    for _ in range(pictures):
+    for _ in range(images):
         m = int(rng.integers(0, 6))
         corners = rng.integers(0, 60, (m, 2))
         boxes = np.hstack((corners, corners + rng.integers(5, 40, (m, 2)))).astype(np.float32)
         class_ids = rng.integers(0, classes, m)
         truth.append((class_ids, boxes, rng.random(m) < 0.25))
-        n = int(rng.integers(0, per_picture)) if m else 3
+        n = int(rng.integers(0, per_image)) if m else 3
         corners = rng.uniform(0, 60, (n, 2))
         rows = np.hstack((corners, corners + rng.uniform(5, 40, (n, 2)), rng.random((n, 2))))
         rows[:, 4] = rng.integers(1, 14, n) / 20
@@ -84,9 +84,9 @@ def random_split(seed, pictures=12, classes=3, per_picture=25):
 def of_class(detections, truth, class_id):
     """The five arguments of voc_average_precision for one class of a split."""
     rows = [(i, row) for i, part in enumerate(detections) for row in part if row[5] == class_id]
-    names = [f"picture {i}" for i, _ in rows]
-    boxes = {f"picture {i}": box[ids == class_id] for i, (ids, box, _) in enumerate(truth)}
-    flags = {f"picture {i}": flag[ids == class_id] for i, (ids, _, flag) in enumerate(truth)}
+    names = [f"image {i}" for i, _ in rows]
+    boxes = {f"image {i}": box[ids == class_id] for i, (ids, box, _) in enumerate(truth)}
+    flags = {f"image {i}": flag[ids == class_id] for i, (ids, _, flag) in enumerate(truth)}
     return names, [float(row[4]) for _, row in rows], [row[:4] for _, row in rows], boxes, flags
 
 
@@ -156,7 +156,7 @@ def test_overlap_is_inclusive_of_the_edges_and_of_the_threshold():
     assert voc_average_precision(["a"], [1.0], less, gt, difficult, iou_threshold=0.4) == 1
 
 
-def test_a_box_in_a_picture_without_objects_is_false():
+def test_a_box_in_an_image_without_objects_is_false():
     found = ["elsewhere", "a"], [0.9, 0.8], [BOX, BOX]
     assert voc_average_precision(*found, {"a": [BOX]}, {"a": [False]}) == 0.5
 
@@ -207,7 +207,7 @@ def test_lengths_that_disagree_are_an_error():
     gt, difficult = {"a": [BOX]}, {"a": [False]}
     with pytest.raises(ValueError, match="2 scores"):
         voc_average_precision(["a"], [0.5, 0.4], [BOX], gt, difficult)
-    with pytest.raises(ValueError, match="same pictures"):
+    with pytest.raises(ValueError, match="same images"):
         voc_average_precision([], [], [], gt, {})
     with pytest.raises(ValueError, match="one flag a box"):
         voc_average_precision([], [], [], gt, {"a": []})

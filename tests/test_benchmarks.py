@@ -67,7 +67,7 @@ def test_a_variant_of_the_loss_gives_its_total_alone():
 
 
 def test_both_ways_of_detection_keep_the_boxes_asked_for():
-    config = detect.Config(input_shape=(96, 96), boxes=20, pictures=1)
+    config = detect.Config(input_shape=(96, 96), boxes=20, images=1)
     for variant in ("fork", "ours"):
         assert detect.measure(dataclasses.replace(config, variant=variant))["boxes"] == 20
 

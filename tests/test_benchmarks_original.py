@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 CLONE = os.environ.get("YOLOV4_PYTORCH", "")  # folder of the original, to test with its own code
 TINY = (
-    *("--input_shape", 64, 64, "--rounds", 1, "--loss_batch", 2, "--samples", 2, "--pictures", 4),
+    *("--input_shape", 64, 64, "--rounds", 1, "--loss_batch", 2, "--samples", 2, "--images", 4),
     *("--step_batch", 1, "--steps", 1, "--detections", 1),
 )
 # Stands for the original's loss: a number that tells in which form maps and boxes came.
@@ -61,7 +61,7 @@ def test_the_clones_loss_runs_on_our_maps_and_boxes(fake_clone, tmp_path):
     found = original_call("loss", row, config.path, tmp_path)()
     _, targets = loss.make_batch(row.settings)
     classes = [targets[targets[:, 0] == index, 1].sum().item() for index in range(2)]
-    # Strides 32, 16, 8 in this order, and the classes of each picture in the last column.
+    # Strides 32, 16, 8 in this order, and the classes of each image in the last column.
     expected = 1 * 32 + 2 * 16 + 3 * 8 + 3 * 1000 * (classes[0] + 10 * classes[1])
     assert found["total"] == expected
     assert not list(fake_clone.rglob("__pycache__"))

@@ -58,8 +58,8 @@ def test_the_network_is_rebuilt_with_its_weights_in_eval_mode(tmp_path):
     torch.manual_seed(0)
     expected = YoloV4(2, width=0.01, depth=0.01).eval()
     assert not model.training
-    picture = torch.rand(1, 3, 64, 96)
-    for ours, theirs in zip(model(picture), expected(picture), strict=True):
+    image = torch.rand(1, 3, 64, 96)
+    for ours, theirs in zip(model(image), expected(image), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

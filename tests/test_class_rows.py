@@ -71,9 +71,9 @@ def test_a_network_of_other_classes_detects_the_shared_ones_as_its_source_does(t
     model, before, donor, report = loaded_between(tmp_path, ["a", "b", "c"], ["c", "new", "a"])
     new = small_model(3)
     new.load_state_dict({**donor.state_dict(), **{n: before[n] for n in before if "output" in n}})
-    picture = torch.rand(1, 3, 64, 96)
+    image = torch.rand(1, 3, 64, 96)
     networks = [network.eval() for network in (model, donor, new)]
-    for ours, theirs, fresh in zip(*(network(picture) for network in networks), strict=True):
+    for ours, theirs, fresh in zip(*(network(image) for network in networks), strict=True):
         ours, theirs, fresh = (x.view(3, 8, *x.shape[2:]) for x in (ours, theirs, fresh))
         torch.testing.assert_close(ours[:, :6], theirs[:, [0, 1, 2, 3, 4, 7]])
         torch.testing.assert_close(ours[:, 7], theirs[:, 5])

@@ -8,10 +8,10 @@ from tests.coco_reference import pycocotools_figures
 from tests.test_average_precision import BOX, FAR, random_split
 
 
-@pytest.mark.parametrize("per_picture", [3, 40, 150])
+@pytest.mark.parametrize("per_image", [3, 40, 150])
 @pytest.mark.parametrize("seed", range(5))
-def test_coco_figures_agree_with_pycocotools(seed, per_picture):
-    detections, truth = random_split(seed, per_picture=per_picture)
+def test_coco_figures_agree_with_pycocotools(seed, per_image):
+    detections, truth = random_split(seed, per_image=per_image)
     figures = coco_average_precision(detections, truth, 4)  # class 3 has no object
     assert figures == pytest.approx(pycocotools_figures(detections, truth, 4), abs=1e-12)
     assert figures.AP > 0

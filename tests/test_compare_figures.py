@@ -10,10 +10,10 @@ from engine.predictor import Predictor
 from lab.plan import Run
 from lab.plots import (
     GROUPS,
+    IMAGE_SIDE,
     MOST_BOXES,
-    PICTURE_SIDE,
     add_cells,
-    choose_pictures,
+    choose_images,
     draw_detected,
     draw_truth,
     gradient_shares,
@@ -24,7 +24,7 @@ from lab.plots import (
     small,
 )
 from lab.results import Result
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from tests.test_compare_report import CLASSES, checkpoint
 from utils.draw import draw_boxes
 from weights.checkpoint import save_checkpoint
@@ -109,22 +109,22 @@ def test_a_loss_without_any_run_leaves_the_plots_of_the_others(tmp_path, recwarn
 @pytest.mark.parametrize(
     ("count", "chosen"), [(0, []), (1, [0]), (3, [0, 1, 2]), (4, [0, 1, 2, 3]), (10, [0, 3, 6, 9])]
 )
-def test_pictures_are_chosen_evenly_over_the_split(count, chosen):
-    assert choose_pictures(range(count)) == chosen
+def test_images_are_chosen_evenly_over_the_split(count, chosen):
+    assert choose_images(range(count)) == chosen
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (PICTURE_SIDE, 10), (1000, 500), (1, 5000)])
-def test_a_large_picture_is_made_small_and_a_small_one_left(height, width):
-    picture, factor = small(np.zeros((height, width, 3), np.uint8))
-    assert max(picture.shape[:2]) == min(PICTURE_SIDE, max(height, width))
-    assert min(picture.shape[:2]) >= 1
-    assert factor == min(1, PICTURE_SIDE / max(height, width))
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (IMAGE_SIDE, 10), (1000, 500), (1, 5000)])
+def test_a_large_image_is_made_small_and_a_small_one_left(height, width):
+    image, factor = small(np.zeros((height, width, 3), np.uint8))
+    assert max(image.shape[:2]) == min(IMAGE_SIDE, max(height, width))
+    assert min(image.shape[:2]) >= 1
+    assert factor == min(1, IMAGE_SIDE / max(height, width))
 
 
 @pytest.fixture
 def detected(tmp_path):
-    """Detects in one picture with the threshold that its checkpoint stores."""
-    add_picture(tmp_path, "1", np.full((320, 320, 3), 99, np.uint8), [(CLASSES[0], (9, 9, 50, 50))])
+    """Detects in one image with the threshold that its checkpoint stores."""
+    add_image(tmp_path, "1", np.full((320, 320, 3), 99, np.uint8), [(CLASSES[0], (9, 9, 50, 50))])
     write_split(tmp_path, "test", ["1"])
     samples, _ = scan_split(f"{tmp_path}:test", CLASSES)
 
@@ -138,15 +138,15 @@ def detected(tmp_path):
 
 
 def test_detections_are_drawn_at_the_threshold_of_the_checkpoint(detected):
-    (pictures, which), samples = detected(0.875)  # an untrained network is not so sure
+    (images, which), samples = detected(0.875)  # an untrained network is not so sure
     assert which == "score ≥ 0.875"
-    assert len(pictures) == 1
-    assert (pictures[0] == 99).all()
+    assert len(images) == 1
+    assert (images[0] == 99).all()
     assert not (draw_truth(samples, CLASSES)[0] == 99).all()
 
 
 def test_of_hundreds_of_boxes_the_best_are_drawn_and_that_is_said(detected):
-    (pictures, which), samples = detected(0.0001)
+    (images, which), samples = detected(0.0001)
     path = samples[0].image_path
     found = Predictor(Path(path).parents[1] / "run" / "best.pt", device="cpu")(path)
     assert len(found.scores) > 2 * MOST_BOXES
@@ -154,8 +154,8 @@ def test_of_hundreds_of_boxes_the_best_are_drawn_and_that_is_said(detected):
     boxes, ids = found.boxes_xyxy[best], found.class_ids[best]
     image = read_image(path)
     expected = draw_boxes(image, boxes, ids, CLASSES, scores=found.scores[best])
-    np.testing.assert_array_equal(pictures[0], expected)
+    np.testing.assert_array_equal(images[0], expected)
     assert which == (
-        f"score ≥ 0.0001; of up to {len(found.scores)} boxes in a picture only the best "
+        f"score ≥ 0.0001; of up to {len(found.scores)} boxes in an image only the best "
         f"{MOST_BOXES} are drawn"
     )

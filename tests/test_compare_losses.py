@@ -140,7 +140,7 @@ def compare(tiny_voc, tmp_path):
 
 
 def rows_without_times(folder):
-    timed = ("pictures_per_second", "seconds", "memory_gb")
+    timed = ("images_per_second", "seconds", "memory_gb")
     with open(folder / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]

@@ -16,7 +16,7 @@ from lab.plan import Plan, write_plan
 from lab.report import html_cell
 from lab.results import STEP_TIME, read_results
 from nets.yolo import YoloV4
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from utils.errors import UserError
 from weights.checkpoint import save_checkpoint
 
@@ -75,13 +75,13 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A test split of six pictures of different sizes, one without objects."""
+    """A test split of six images of different sizes, one without objects."""
     root = tmp_path_factory.mktemp("voc") / "Tree"
     names = [f"{number}" for number in range(6)]
     for number, name in enumerate(names):
         image = np.full((300 + 40 * number, 500, 3), 60 + 30 * number, np.uint8)
         boxes = [(CLASSES[1], (50, 60, 200, 180))] if number else []
-        add_picture(root, name, image, boxes, ".jpg")
+        add_image(root, name, image, boxes, ".jpg")
     write_split(root, "test", names)
     (root / "classes.txt").write_text("\n".join(CLASSES), encoding="utf-8")
     return root
@@ -140,7 +140,7 @@ def test_results_csv_has_a_line_a_run(lab):
     assert [row["finished"] for row in rows] == ["1"] * 5 + ["0"]
 
 
-def test_results_md_holds_its_tables_and_names_its_pictures(lab):
+def test_results_md_holds_its_tables_and_names_its_images(lab):
     text = (lab[0] / "results.md").read_text(encoding="utf-8")
     assert "5 of 6 runs are finished" in text
     assert "version v1-2" in text
@@ -243,7 +243,7 @@ def test_seeds_of_a_loss_that_were_not_trained_alike_are_told(lab, tmp_path, cap
     assert "Settings differ" not in (lab[0] / "results.md").read_text(encoding="utf-8")
 
 
-def test_data_that_has_moved_since_costs_the_pictures_only(lab, tmp_path):
+def test_data_that_has_moved_since_costs_the_images_only(lab, tmp_path):
     save_dir = tmp_path / "lab"
     shutil.copytree(lab[0], save_dir)
     for path in save_dir.glob("runs/*/*/config.json"):
@@ -251,7 +251,7 @@ def test_data_that_has_moved_since_costs_the_pictures_only(lab, tmp_path):
     report(save_dir)
     text = (save_dir / "report.html").read_text(encoding="utf-8")
     assert len(Page(text).images) == 3
-    assert "No pictures: " in text
+    assert "No images: " in text
     assert "gone.txt" in text
 
 
@@ -259,14 +259,14 @@ def test_a_browser_without_network_shows_the_page(lab, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip("no Chromium or Chrome on PATH")
-    picture = tmp_path / "page.png"
+    screenshot = tmp_path / "page.png"
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += ["--disable-quic", "--proxy-server=127.0.0.1:9", f"--user-data-dir={tmp_path / 'u'}"]
-    command += [f"--screenshot={picture}", "--window-size=1000,2600"]
+    command += [f"--screenshot={screenshot}", "--window-size=1000,2600"]
     page = (lab[0] / "report.html").as_uri()
     subprocess.run([*command, page], check=True, capture_output=True, timeout=120)
-    image = cv2.imread(str(picture))
+    image = cv2.imread(str(screenshot))
     assert image.shape[:2] == (2600, 1000)
     bands = np.array_split(image.reshape(2600, -1).std(axis=1) > 3, 8)
-    assert all(band.mean() > 0.1 for band in bands)  # text or a picture in each part of the page
+    assert all(band.mean() > 0.1 for band in bands)  # text or an image in each part of the page

@@ -171,7 +171,7 @@ def test_ohem_keeps_exactly_so_many_among_ties(logit):
     assert loss._kept(bce_of(logits, targets), targets > 0, targets >= 0).sum() == 2 + 3 * 2
 
 
-def test_ohem_looks_at_all_pictures_at_once():
+def test_ohem_looks_at_all_images_at_once():
     logits = torch.tensor([[-4.0, -3.0, -9.0], [2.0, 1.0, 3.0]])
     targets = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     losses = build_conf_loss("ohem")(logits, targets)

@@ -60,7 +60,7 @@ def test_a_whole_file_of_full_size_loads_and_comes_back_byte_for_byte(full_file,
     model = full_model()
     report = load_weights(model, path)
     assert (len(report.loaded), report.partly, report.skipped) == (541, {}, {})
-    assert report.source == f"{path} (darknet 0.2.5, 32,032,000 pictures seen)"
+    assert report.source == f"{path} (darknet 0.2.5, 32,032,000 images seen)"
     assert (report.heads_loaded, report.scale_xy) == (True, (1.2, 1.1, 1.05))
     save_darknet_weights(model, tmp_path / "back", seen=32_032_000)
     assert np.array_equal(np.fromfile(tmp_path / "back", np.uint32), words)

@@ -3,11 +3,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data.augment import Augmentation, Picture
+from data.augment import Augmentation, LabelledImage
 from data.dataset import VocDataset, collate, init_worker
 from data.sampler import EpochBatchSampler
 from data.voc import read_split
-from tests.factory import add_picture, coloured_boxes, write_split
+from tests.factory import add_image, coloured_boxes, write_split
 from tests.test_augment import COLOURS, PLAIN, assert_boxes_lie_on_their_colours
 from utils.boxes import cxcywh_to_xyxy
 from utils.errors import UserError
@@ -18,7 +18,7 @@ SIZES = [(60, 80), (90, 50), (64, 64), (41, 120), (200, 130), (30, 30)]
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Six pictures: two boxes each in colours that no neighbour has, the last without any."""
+    """Six images: two boxes each in colours that no neighbour has, the last without any."""
     root = tmp_path_factory.mktemp("voc") / "VOC2007"
     for i, (height, width) in enumerate(SIZES):
         left = (2, 4, width // 2 - 3, height // 2)
@@ -27,17 +27,19 @@ def samples(tmp_path_factory):
         ids = [2 * i % 8, (2 * i + 1) % 8][: len(boxes)]
         image = coloured_boxes((height, width), boxes, [COLOURS[c] for c in ids])
         named = [(CLASSES[c], box, i == 3) for c, box in zip(ids, boxes, strict=True)]
-        add_picture(root, f"picture{i}", image, named)
-    write_split(root, "train", [f"picture{i}" for i in range(len(SIZES))])
+        add_image(root, f"image{i}", image, named)
+    write_split(root, "train", [f"image{i}" for i in range(len(SIZES))])
     return read_split(f"{root}:train", CLASSES)
 
 
-def as_picture(item):
-    """An item as the picture that `assert_boxes_lie_on_their_colours` takes."""
+def as_image(item):
+    """An item as the image that `assert_boxes_lie_on_their_colours` takes."""
     image, targets = item
     height, width = image.shape[1:]
     boxes = cxcywh_to_xyxy(targets[:, 1:]) * torch.tensor([width, height, width, height])
-    return Picture(image.permute(1, 2, 0).numpy(), boxes.numpy(), targets[:, 0].long().numpy())
+    return LabelledImage(
+        image.permute(1, 2, 0).numpy(), boxes.numpy(), targets[:, 0].long().numpy()
+    )
 
 
 def same(first, second):
@@ -45,7 +47,7 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_items_are_uint8_pictures_and_float_targets(samples, train):
+def test_items_are_uint8_images_and_float_targets(samples, train):
     dataset = VocDataset(samples, (64, 96), train=train)
     assert len(dataset) == 6
     for image, targets in (dataset[i] for i in range(6)):
@@ -57,9 +59,9 @@ def test_items_are_uint8_pictures_and_float_targets(samples, train):
 def test_validation_letterboxes_and_its_boxes_lie_on_their_colours(samples):
     dataset = VocDataset(samples, (96, 64), train=False)
     for index in (0, 1, 2, 4):
-        picture = as_picture(dataset[index])
-        assert picture.class_ids.tolist() == samples[index].class_ids.tolist()
-        assert_boxes_lie_on_their_colours(picture)
+        image = as_image(dataset[index])
+        assert image.class_ids.tolist() == samples[index].class_ids.tolist()
+        assert_boxes_lie_on_their_colours(image)
         dataset.set_epoch(index + 1)
         assert same(dataset[index], VocDataset(samples, (96, 64), train=False)[index])
 
@@ -84,7 +86,7 @@ def test_training_boxes_lie_on_their_colours(samples, mosaic_prob):
     for epoch in range(20):
         dataset.set_epoch(epoch)
         for index in range(len(dataset)):
-            assert_boxes_lie_on_their_colours(as_picture(dataset[index]))
+            assert_boxes_lie_on_their_colours(as_image(dataset[index]))
 
 
 def test_difficult_objects_become_ignore_regions_in_both_modes(samples):
@@ -94,7 +96,7 @@ def test_difficult_objects_become_ignore_regions_in_both_modes(samples):
         assert (dataset[0][1][:, 0] >= 0).all()
 
 
-def test_a_picture_without_objects_has_targets_of_shape_0_5(samples):
+def test_an_image_without_objects_has_targets_of_shape_0_5(samples):
     for train in (False, True):
         image, targets = VocDataset(samples, (64, 64), train=train, mosaic_prob=0)[5]
         assert image.shape == (3, 64, 64)
@@ -114,7 +116,7 @@ def test_boxes_stay_inside_the_input_and_wider_than_a_pixel(samples):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_fewer_pictures_than_a_mosaic_needs_work(samples, count):
+def test_fewer_images_than_a_mosaic_needs_work(samples, count):
     dataset = VocDataset(samples[:count], (64, 64), train=True, mosaic_prob=1, mixup_prob=1)
     for epoch in range(10):
         dataset.set_epoch(epoch)
@@ -123,15 +125,15 @@ def test_fewer_pictures_than_a_mosaic_needs_work(samples, count):
 
 @pytest.fixture
 def white(tmp_path):
-    """One white picture, all of it one object: a mosaic has four boxes, a mixup half white."""
+    """One white image, all of it one object: a mosaic has four boxes, a mixup half white."""
     image = np.full((32, 32, 3), 255, np.uint8)
-    add_picture(tmp_path / "VOC", "white", image, [("class7", (0, 0, 32, 32))])
+    add_image(tmp_path / "VOC", "white", image, [("class7", (0, 0, 32, 32))])
     write_split(tmp_path / "VOC", "train", ["white"])
     return read_split(f"{tmp_path / 'VOC'}:train", CLASSES)
 
 
 def shares(samples, *, strong=True, **probabilities):
-    """The shares of mosaics and of mixed-up pictures among 200 items."""
+    """The shares of mosaics and of mixed-up images among 200 items."""
     dataset = VocDataset(samples, (32, 32), train=True, augmentation=PLAIN, **probabilities)
     mosaics = mixed = 0
     for epoch in range(200):
@@ -150,7 +152,7 @@ def test_mosaic_and_mixup_come_as_often_as_their_probabilities_say(
     white, mosaic_prob, mixup_prob, expected
 ):
     found = shares(white, mosaic_prob=mosaic_prob, mixup_prob=mixup_prob)
-    # A mixup in which both pictures show grey at the same places only is rare, but not seen.
+    # A mixup in which both images show grey at the same places only is rare, but not seen.
     assert found == pytest.approx(expected, abs=0.1)
 
 
@@ -200,7 +202,7 @@ def test_epoch_seed_and_strong_change_an_item_and_nothing_else_does(samples):
         assert not torch.equal(item()[0], item(**changed)[0])
 
 
-def test_two_samples_of_one_picture_are_augmented_differently(white):
+def test_two_samples_of_one_image_are_augmented_differently(white):
     dataset = VocDataset(white * 2, (32, 64), train=True)
     assert not torch.equal(dataset[0][0], dataset[1][0])
 
@@ -212,7 +214,7 @@ def test_augmentation_is_what_the_items_are_made_with(white):
     assert (dataset[0][0] == 255).all()
 
 
-def test_collate_counts_targets_by_picture_and_keeps_channels_last_memory(samples):
+def test_collate_counts_targets_by_image_and_keeps_channels_last_memory(samples):
     dataset = VocDataset(samples, (32, 64), train=False)
     items = [dataset[i] for i in (5, 0, 5, 1)]
     images, targets = collate(items)

@@ -27,8 +27,8 @@ def sigmoid(x):
 
 def decode_slowly(outputs, input_shape, scale_xy):
     """One cell after the other, by the formulas of darknet."""
-    pictures = []
-    for picture in range(len(outputs[0])):
+    images = []
+    for image in range(len(outputs[0])):
         rows = []
         for level, raw in enumerate(outputs):
             channels, grid_h, grid_w = raw.shape[1:]
@@ -36,7 +36,7 @@ def decode_slowly(outputs, input_shape, scale_xy):
                 for i in range(grid_w):
                     for a in range(3):
                         step = channels // 3
-                        cell = raw[picture, a * step : (a + 1) * step, j, i].tolist()
+                        cell = raw[image, a * step : (a + 1) * step, j, i].tolist()
                         s = scale_xy[level]
                         x = (i + s * sigmoid(cell[0]) - (s - 1) / 2) / grid_w * input_shape[1]
                         y = (j + s * sigmoid(cell[1]) - (s - 1) / 2) / grid_h * input_shape[0]
@@ -44,8 +44,8 @@ def decode_slowly(outputs, input_shape, scale_xy):
                         h = math.exp(min(max(cell[3], -10), 10)) * ANCHORS[3 * level + a][1]
                         box = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
                         rows.append(box + [sigmoid(value) for value in cell[4:]])
-        pictures.append(rows)
-    return torch.tensor(pictures)
+        images.append(rows)
+    return torch.tensor(images)
 
 
 @pytest.mark.parametrize("scale_xy", [(1.0, 1.0, 1.0), DARKNET_SCALE])
@@ -103,7 +103,7 @@ def test_both_memory_formats_and_half_precision_give_float32_boxes():
     torch.testing.assert_close(half, plain, rtol=0.05, atol=8.0)
 
 
-def test_an_empty_batch_decodes_to_no_pictures():
+def test_an_empty_batch_decodes_to_no_images():
     assert decode(raw_maps(0, 2, (32, 64)), ANCHORS, (32, 64)).shape == (0, 126, 7)
 
 

@@ -11,12 +11,12 @@ from utils.draw import (
     draw_detections,
     fitting_font,
     font_for,
+    image_grid,
     label,
     label_size,
     line_and_font_size,
     missing_letters,
     overlap,
-    picture_grid,
     place_labels,
     text_colour,
 )
@@ -33,7 +33,7 @@ def has_colour(image, colour):
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (5, 300), (64, 64), (1080, 1920)])
-def test_without_boxes_the_picture_is_unchanged_and_a_copy(size_hw):
+def test_without_boxes_the_image_is_unchanged_and_a_copy(size_hw):
     image = plain(*size_hw)
     drawn = draw_boxes(image, np.zeros((0, 4)), np.zeros(0, int), NAMES, np.zeros(0))
     assert np.array_equal(drawn, image)
@@ -42,7 +42,7 @@ def test_without_boxes_the_picture_is_unchanged_and_a_copy(size_hw):
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (3, 200), (200, 3), (40, 40)])
 @pytest.mark.parametrize("box", [(0, 0, 0, 0), (-50, -50, 500, 500), (900, 900, 950, 950)])
-def test_tiny_pictures_and_boxes_at_or_beyond_the_border_are_drawn(size_hw, box):
+def test_tiny_images_and_boxes_at_or_beyond_the_border_are_drawn(size_hw, box):
     for class_id in (-1, 0, 1, 2, 3):
         drawn = draw_boxes(plain(*size_hw), [box], [class_id], NAMES, [0.5])
         assert drawn.shape == (*size_hw, 3)
@@ -90,7 +90,7 @@ def test_label_text_is_black_or_white_by_contrast(background, expected):
     assert text_colour(background) == (expected,) * 3
 
 
-def test_lines_and_letters_grow_with_the_picture():
+def test_lines_and_letters_grow_with_the_image():
     assert line_and_font_size(416, 416) == (2, 12)
     assert line_and_font_size(1080, 1920) == (4, 28)
     assert line_and_font_size(2160, 3840) == (9, 55)
@@ -116,7 +116,7 @@ def test_the_highest_score_lies_on_top():
         assert tuple(drawn[70, 20]) == class_colour(int(np.argmax(scores)))
 
 
-def test_labels_stay_inside_the_picture():
+def test_labels_stay_inside_the_image():
     boxes = [(-30, -30, 20, 20), (180, 90, 260, 130), (-5, 80, 10, 200), (190, -10, 300, 5)]
     for box in boxes:
         places = candidate_places(box, (70, 15), (200, 100))
@@ -139,7 +139,7 @@ def test_labels_of_one_spot_do_not_cover_each_other():
 
 
 @pytest.mark.parametrize(("width", "size"), [(400, 12), (80, None), (5, 8)])
-def test_a_label_wider_than_the_picture_is_set_smaller_but_legible(width, size):
+def test_a_label_wider_than_the_image_is_set_smaller_but_legible(width, size):
     font = fitting_font(font_for("", 12), ["x 0.50", "traffic light 0.50"], width)
     assert font.size == size or label_size("traffic light 0.50", font)[0] <= width < 85
 
@@ -166,9 +166,9 @@ def test_detections_are_drawn_like_their_boxes():
     assert np.array_equal(draw_detections(plain(90, 90), detections), expected)
 
 
-def test_a_grid_holds_every_picture_in_reading_order():
+def test_a_grid_holds_every_image_in_reading_order():
     images = [plain(20 + index, 30, 10 * index) for index in range(5)]
-    grid = picture_grid(images, columns=2)
+    grid = image_grid(images, columns=2)
     assert grid.shape == (4 + 3 * 28, 4 + 2 * 34, 3)
     for index, image in enumerate(images):
         top, left = 4 + index // 2 * 28, 4 + index % 2 * 34
@@ -176,11 +176,11 @@ def test_a_grid_holds_every_picture_in_reading_order():
     assert has_colour(grid[60:, 40:], GREY)
 
 
-def test_a_grid_of_fewer_pictures_than_columns_is_as_wide_as_they_are():
-    assert picture_grid([plain(10, 10)], columns=4).shape == (18, 18, 3)
+def test_a_grid_of_fewer_images_than_columns_is_as_wide_as_they_are():
+    assert image_grid([plain(10, 10)], columns=4).shape == (18, 18, 3)
 
 
 @pytest.mark.parametrize(("images", "columns"), [([], 4), ([plain(5, 5)], 0)])
 def test_a_grid_of_nothing_is_refused(images, columns):
-    with pytest.raises(ValueError, match="need pictures"):
-        picture_grid(images, columns)
+    with pytest.raises(ValueError, match="need images"):
+        image_grid(images, columns)

@@ -12,7 +12,7 @@ from evaluate import format_fixed, main
 from metrics.calibration import OperatingPoint
 from nets.decode import read_anchors
 from nets.yolo import YoloV4
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from utils.errors import run_script
 from weights.checkpoint import read_checkpoint, save_checkpoint
 
@@ -65,7 +65,7 @@ def voc(tmp_path_factory):
     noise = np.random.default_rng(0)
     for name in ("a", "b", "c"):
         image = noise.integers(0, 255, (70, 90, 3), dtype=np.uint8)
-        add_picture(root, name, image, [("cat", (10, 10, 60, 50)), ("cat", (1, 1, 9, 9), True)])
+        add_image(root, name, image, [("cat", (10, 10, 60, 50)), ("cat", (1, 1, 9, 9), True)])
     write_split(root, "test", ["a", "b", "c"])
     return root
 
@@ -80,13 +80,13 @@ def test_a_checkpoint_is_evaluated_and_the_results_written(weights, voc, tmp_pat
     assert {"AP50", "AP50_11point", "AP", "AP75", "counts", "thresholds"} <= values.keys()
     assert values["per_class"].keys() == set(NAMES)
     assert values["per_class"]["dog"] is None
-    assert values["counts"]["pictures"] == 3
+    assert values["counts"]["images"] == 3
     assert values["counts"]["ground_truth"] == 3
     assert values["counts"]["difficult"] == 3
     assert values["config"]["weights"] == str(weights)
     for name in ("precision_recall.png", "reliability.png"):
         assert cv2.imread(str(folder / name)) is not None
-    parts = ("3 pictures", "cat", "COCO", "NMS IoU 0.45", "pictures/s", "calibration", str(folder))
+    parts = ("3 images", "cat", "COCO", "NMS IoU 0.45", "images/s", "calibration", str(folder))
     for part in parts:
         assert part in done.stdout
 

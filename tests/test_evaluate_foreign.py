@@ -7,9 +7,9 @@ import pytest
 
 from engine.predictor import Predictor
 from evaluate import main
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from tests.foreign_files import SINGLE, flags_of, write_shelf
-from tests.test_predictor import CLASS_NAMES, THRESHOLD, random_picture
+from tests.test_predictor import CLASS_NAMES, THRESHOLD, random_image
 from utils.errors import run_script
 
 MEASURED = ("AP50", "AP50_11point", "AP", "AP75", "per_class", "counts", "f1", "conf_threshold")
@@ -22,13 +22,13 @@ def shelf(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def voc(shelf, tmp_path_factory):
-    """Pictures whose objects lie where the checkpoint finds them: other boxes measure less."""
+    """Images whose objects lie where the checkpoint finds them: other boxes measure less."""
     root, predictor = tmp_path_factory.mktemp("data") / "voc", Predictor(shelf / "best.pt")
-    for name, image in (("a", random_picture(70, 90, 1)), ("b", random_picture(70, 90, 2))):
+    for name, image in (("a", random_image(70, 90, 1)), ("b", random_image(70, 90, 2))):
         found = predictor(image)
         names = [CLASS_NAMES[index] for index in found.class_ids]
         boxes = list(zip(names, map(tuple, found.boxes_xyxy.tolist()), strict=True))
-        add_picture(root, name, image, boxes)
+        add_image(root, name, image, boxes)
     write_split(root, "test", ["a", "b"])
     return root
 

@@ -17,13 +17,13 @@ from losses.yolo_loss import YOLOLoss
 from metrics.evaluator import evaluate, evaluating, forward_batches
 from metrics.scoring import format_table
 from nets.decode import STRIDES, read_anchors
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from utils.boxes import xyxy_to_cxcywh
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ANCHORS = read_anchors(ROOT / "model_data" / "yolo_anchors.txt")
-NAMES = ("cat", "dog", "cow")  # no picture has a cow
+NAMES = ("cat", "dog", "cow")  # no image has a cow
 INPUT_SHAPE = (64, 96)
 SETTINGS = {
     "class_names": NAMES,
@@ -33,7 +33,7 @@ SETTINGS = {
     "device": torch.device("cpu"),
     "progress": False,
 }
-PICTURES = {
+IMAGES = {
     "wide": ((40, 120), [("cat", (10, 5, 40, 30)), ("dog", (60, 5, 110, 35))]),
     "tall": ((150, 70), [("cat", (5, 20, 60, 90)), ("dog", (10, 100, 50, 140), True)]),
     "bare": ((64, 96), []),
@@ -41,7 +41,7 @@ PICTURES = {
 
 
 class Recorded(nn.Module):
-    """A network that gives prepared maps, picture after picture."""
+    """A network that gives prepared maps, image after image."""
 
     def __init__(self, maps):
         super().__init__()
@@ -60,22 +60,20 @@ def make_loss():
     return YOLOLoss(ANCHORS, len(NAMES), INPUT_SHAPE, conf_loss="focal", scale_xy=(1.2, 1.1, 1.05))
 
 
-def raw_maps(pictures, objectness=8.0):
-    """Maps whose boxes are the given ones: a list of (xyxy in input pixels, class id) a picture."""
+def raw_maps(images, objectness=8.0):
+    """Maps whose boxes are the given ones: a list of (xyxy in input pixels, class id) an image."""
     maps = [
-        torch.full(
-            (len(pictures), 3, 5 + len(NAMES), INPUT_SHAPE[0] // s, INPUT_SHAPE[1] // s), -9.0
-        )
+        torch.full((len(images), 3, 5 + len(NAMES), INPUT_SHAPE[0] // s, INPUT_SHAPE[1] // s), -9.0)
         for s in STRIDES
     ]
-    for picture, boxes in enumerate(pictures):
+    for image, boxes in enumerate(images):
         for box_xyxy, class_id in boxes:
             cx, cy, w, h = xyxy_to_cxcywh(box_xyxy).tolist()
             level, anchor = 1, class_id
             column, row = int(cx / 16), int(cy / 16)
             s = SETTINGS["scale_xy"][level]
             offsets = torch.tensor([cx / 16 - column, cy / 16 - row])
-            cell = maps[level][picture, anchor, :, row, column]
+            cell = maps[level][image, anchor, :, row, column]
             cell[:2] = ((offsets + (s - 1) / 2) / s).logit()
             cell[2] = math.log(w / ANCHORS[3 * level + anchor][0])
             cell[3] = math.log(h / ANCHORS[3 * level + anchor][1])
@@ -86,29 +84,29 @@ def raw_maps(pictures, objectness=8.0):
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     root = tmp_path_factory.mktemp("voc")
-    for name, (image_hw, boxes) in PICTURES.items():
-        add_picture(root, name, np.full((*image_hw, 3), 90, np.uint8), boxes)
-    write_split(root, "val", PICTURES)
+    for name, (image_hw, boxes) in IMAGES.items():
+        add_image(root, name, np.full((*image_hw, 3), 90, np.uint8), boxes)
+    write_split(root, "val", IMAGES)
     return scan_split(f"{root}:val", NAMES)[0]
 
 
 def perfect_model(samples, **settings):
-    pictures = []
+    images = []
     for sample in samples:
         boxes = torch.from_numpy(sample.boxes_xyxy)
         in_input = image_to_letterbox(boxes, sample.image_hw, INPUT_SHAPE)
-        pictures.append(list(zip(in_input, sample.class_ids.tolist(), strict=True)))
-    return Recorded(raw_maps(pictures, **settings))
+        images.append(list(zip(in_input, sample.class_ids.tolist(), strict=True)))
+    return Recorded(raw_maps(images, **settings))
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_boxes_on_every_object_reach_one_in_pixels_of_the_pictures(samples, batch_size):
+def test_boxes_on_every_object_reach_one_in_pixels_of_the_images(samples, batch_size):
     evaluation = evaluate(perfect_model(samples), samples, batch_size=batch_size, **SETTINGS)
     figures = evaluation.AP50, evaluation.AP50_11point, evaluation.AP, evaluation.AP75
     assert figures == pytest.approx((1, 1, 1, 1))
     assert evaluation.per_class == {"cat": 1, "dog": 1, "cow": pytest.approx(math.nan, nan_ok=True)}
     assert evaluation.counts == {
-        "pictures": 3,
+        "images": 3,
         "ground_truth": 3,
         "difficult": 1,
         "detections": 4,
@@ -166,9 +164,9 @@ def test_without_objects_figures_are_null_in_json_never_nan(samples):
 def test_json_holds_figures_counts_and_thresholds(samples):
     values = evaluate(perfect_model(samples), samples, **SETTINGS).to_json()
     assert values["per_class"] == {"cat": 1, "dog": 1, "cow": None}
-    assert values["counts"]["pictures"] == 3
+    assert values["counts"]["images"] == 3
     assert values["thresholds"] == {"score": 0.001, "nms_iou": 0.45, "match_iou": 0.5}
-    assert values["pictures_per_second"] > 0
+    assert values["images_per_second"] > 0
 
 
 def test_the_table_shows_every_class_and_the_thresholds_in_force(samples):
@@ -178,12 +176,12 @@ def test_the_table_shows_every_class_and_the_thresholds_in_force(samples):
 
 
 def test_an_empty_split_is_the_users_to_mend():
-    with pytest.raises(UserError, match="no picture"):
+    with pytest.raises(UserError, match="no image"):
         evaluate(Recorded([torch.zeros(0)]), [], **SETTINGS)
 
 
 def losses_by_hand(model, samples, batch_size):
-    """Each batch's terms, with its number of pictures."""
+    """Each batch's terms, with its number of images."""
     batches = forward_batches(
         model,
         samples,
@@ -197,7 +195,7 @@ def losses_by_hand(model, samples, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_losses_are_means_over_pictures(samples, batch_size):
+def test_losses_are_means_over_images(samples, batch_size):
     model = perfect_model(samples)
     losses = evaluate(model, samples, loss=make_loss(), batch_size=batch_size, **SETTINGS).losses
     assert set(losses) == {"total", "loc", "conf", "cls"}
@@ -208,7 +206,7 @@ def test_losses_are_means_over_pictures(samples, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])
-def test_cells_are_those_of_all_pictures_and_their_loss_is_the_mean(samples, batch_size):
+def test_cells_are_those_of_all_images_and_their_loss_is_the_mean(samples, batch_size):
     model = perfect_model(samples)
     evaluation = evaluate(model, samples, loss=make_loss(), batch_size=batch_size, **SETTINGS)
     groups = [evaluation.cells[name] for name in ("positive", "negative")]
@@ -269,7 +267,7 @@ with process_group(SETTINGS["device"]):
 """
 
 
-def test_two_ranks_share_the_pictures_and_agree(samples):
+def test_two_ranks_share_the_images_and_agree(samples):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -288,5 +286,5 @@ def test_two_ranks_share_the_pictures_and_agree(samples):
     ]
     for process in ranks:
         output, errors = process.communicate(timeout=120)
-        # Five positives: the first picture, with two, has come to both.
+        # Five positives: the first image, with two, has come to both.
         assert output == "1.0 [2, 2, 0] 5.0\n", errors

@@ -31,7 +31,7 @@ TINY = "--width 0.01 --depth 0.01 --input_shape 64 64 --epochs 1 --batch_size 4 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project whose drawn sample has ten pictures."""
+    """A copy of the project whose drawn sample has ten images."""
     folder = tmp_path_factory.mktemp("project")
     for name in PARTS:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -193,7 +193,7 @@ def test_an_object_is_found_by_a_box_of_its_class_only(model, monkeypatch):
 
 
 def test_faster_rcnn_learns_with_the_focal_loss(project):
-    flags = "--pictures 2 --steps 10 --lr 2e-4 --device cpu"
+    flags = "--images 2 --steps 10 --lr 2e-4 --device cpu"
     printed = run(project, "examples/faster_rcnn_focal.py", *flags.split())
     words = printed.split()
     assert float(words[words.index("last") + 1]) < 0.8 * float(words[words.index("steps") + 1][:-1])
@@ -214,21 +214,21 @@ def run_example(project, monkeypatch):
 
 
 def test_the_fall_of_the_loss_is_judged_from_20_steps_on(run_example, capsys):
-    run_example("--steps 19 --pictures 1", [1.0] * 18 + [2.0])
+    run_example("--steps 19 --images 1", [1.0] * 18 + [2.0])
     assert "of the last 1.333" in capsys.readouterr().out
-    run_example("--steps 20 --pictures 1", [2.0] + [1.0] * 19)
+    run_example("--steps 20 --images 1", [2.0] + [1.0] * 19)
     with pytest.raises(UserError, match="did not fall"):
-        run_example("--steps 20 --pictures 1", [1.0] * 20)
+        run_example("--steps 20 --images 1", [1.0] * 20)
     with pytest.raises(UserError, match="did not fall"):
-        run_example("--steps 20 --pictures 1", [1.0] * 19 + [float("nan")])
+        run_example("--steps 20 --images 1", [1.0] * 19 + [float("nan")])
 
 
-def test_without_pictures_there_is_nothing_to_learn(run_example):
+def test_without_images_there_is_nothing_to_learn(run_example):
     with pytest.raises(UserError, match="at least 1"):
-        run_example("--pictures 0")
+        run_example("--images 0")
 
 
-@pytest.mark.parametrize("root", ["my_pictures", "elsewhere/VOCdevkit/Sample"])
+@pytest.mark.parametrize("root", ["my_images", "elsewhere/VOCdevkit/Sample"])
 def test_nothing_is_drawn_into_a_folder_that_the_user_named(run_example, root, project):
     with pytest.raises(UserError, match=r"classes\.txt"):
         run_example(f"--root {root}")

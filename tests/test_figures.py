@@ -29,13 +29,13 @@ def test_a_step_is_read_when_the_next_one_is_pushed():
     assert epoch.flush() == ""
 
 
-def test_skipped_steps_do_not_enter_the_means_and_are_told_with_their_pictures():
+def test_skipped_steps_do_not_enter_the_means_and_are_told_with_their_images():
     epoch = EpochFigures(NonFiniteGuard())
     epoch.push(figures(2.0), ["good.jpg"])
     epoch.push(figures(float("nan"), finite=False), ["bad.jpg"])
     assert "bad.jpg" in epoch.flush()
     assert epoch.mean("total") == 2.0
-    assert epoch.state["pictures"] == 2
+    assert epoch.state["images"] == 2
 
 
 def test_the_gradient_norm_is_a_mean_over_updates_not_batches():

@@ -35,26 +35,26 @@ def test_rollback_keeps_a_good_forward_and_changes_no_statistics_itself():
     plain, guarded = norms(), norms()
     guarded.load_state_dict(plain.state_dict())
     rollback = BatchNormRollback(guarded)
-    picture = torch.randn(2, 3, 4, 4)
+    image = torch.randn(2, 3, 4, 4)
     rollback.snapshot()
-    plain(picture), guarded(picture)
+    plain(image), guarded(image)
     rollback.restore_unless(torch.tensor(True))
     for key, value in plain.state_dict().items():
         assert torch.equal(guarded.state_dict()[key], value), key
 
 
-def test_guard_names_pictures_and_terms_and_stops_after_a_few_in_a_row():
+def test_guard_names_images_and_terms_and_stops_after_a_few_in_a_row():
     guard = NonFiniteGuard(limit=3)
     terms = {"total": float("nan"), "loc": 0.5}
     for _ in range(2):
-        message = guard.check(terms, skipped=True, pictures=["a.jpg", "b.jpg"])
+        message = guard.check(terms, skipped=True, images=["a.jpg", "b.jpg"])
         assert "a.jpg, b.jpg" in message
         assert "total nan, loc 0.5" in message
     guard.updated()
     for _ in range(2):
-        guard.check(terms, skipped=True, pictures=["c.jpg"])
+        guard.check(terms, skipped=True, images=["c.jpg"])
     with pytest.raises(UserError, match=r"3 updates in a row.*total nan.*c\.jpg"):
-        guard.check(terms, skipped=True, pictures=["c.jpg"])
+        guard.check(terms, skipped=True, images=["c.jpg"])
     assert guard.skipped == 5
 
 
@@ -71,19 +71,19 @@ def test_the_last_words_name_the_term_that_is_not_finite(bad, last_words):
     terms = dict.fromkeys(("total", "loc", "conf", "cls", "grad_norm"), 0.5) | bad
     guard = NonFiniteGuard(limit=3, conf_loss="mine:Mine")
     for _ in range(2):
-        guard.check(terms, skipped=True, pictures=["a.jpg"])
+        guard.check(terms, skipped=True, images=["a.jpg"])
     with pytest.raises(UserError, match=f"all 2 updates were skipped.*{last_words}$"):
         guard.check_learnt()
     with pytest.raises(UserError, match=f"3 updates in a row.*{last_words}$"):
-        guard.check(terms, skipped=True, pictures=["a.jpg"])
+        guard.check(terms, skipped=True, images=["a.jpg"])
 
 
 def test_a_training_with_an_update_or_without_any_has_learnt_what_it_could():
     guard = NonFiniteGuard()
     guard.check_learnt()
-    guard.check({"total": math.nan}, skipped=False, pictures=[])
+    guard.check({"total": math.nan}, skipped=False, images=[])
     guard.check_learnt()
-    guard.check({"total": math.nan}, skipped=True, pictures=[])
+    guard.check({"total": math.nan}, skipped=True, images=[])
     guard.updated()
     guard.check_learnt()
     assert (guard.made, guard.skipped) == (1, 1)
@@ -92,5 +92,5 @@ def test_a_training_with_an_update_or_without_any_has_learnt_what_it_could():
 def test_a_bad_batch_that_ends_no_update_is_told_but_not_counted():
     guard = NonFiniteGuard(limit=2)
     for _ in range(5):
-        assert "a.jpg" in guard.check({"total": 1.0}, skipped=False, pictures=["a.jpg"])
+        assert "a.jpg" in guard.check({"total": 1.0}, skipped=False, images=["a.jpg"])
     assert guard.skipped == 0

@@ -1,4 +1,4 @@
-"""Pictures of every kind that users bring: read upright, as RGB, or refused by name."""
+"""Images of every kind that users bring: read upright, as RGB, or refused by name."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.image import check_image, image_size, is_plain_jpeg, read_image, upright_boxes
+from data.image import check_image, image_size, read_image, upright_boxes
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,10 +67,10 @@ def test_the_fast_jpeg_decoder_agrees_with_pillow(tmp_path):
 def test_grey_palette_alpha_and_16_bits_read_as_the_same_grey(tmp_path, mode):
     grey = np.repeat(np.array([[0, 255], [255, 0]], np.uint8), 8, axis=1)
     if mode == "I;16":
-        picture = Image.fromarray(grey.astype(np.uint16) * 257)
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
     else:
-        picture = Image.fromarray(grey).convert(mode)
-    picture.save(tmp_path / "a.png")
+        image = Image.fromarray(grey).convert(mode)
+    image.save(tmp_path / "a.png")
     assert np.array_equal(read_image(tmp_path / "a.png"), np.repeat(grey[..., None], 3, axis=2))
 
 
@@ -120,7 +120,7 @@ def test_cmyk_keeps_its_colours(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-def test_pictures_are_turned_upright_as_exif_says(tmp_path, suffix, orientation):
+def test_images_are_turned_upright_as_exif_says(tmp_path, suffix, orientation):
     path = tmp_path / f"a{suffix}"
     options = {".jpg": {"quality": 100, "subsampling": 0}, ".webp": {"lossless": True}}
     exif = exif_with(orientation)
@@ -150,7 +150,7 @@ def test_no_boxes_stay_no_boxes(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0MM\0*\0\0\0\x08\0", b"Exif\0\0nonsense", b"Exif\0\0"])
-def test_a_damaged_or_odd_exif_block_does_not_spoil_the_picture(tmp_path, exif):
+def test_a_damaged_or_odd_exif_block_does_not_spoil_the_image(tmp_path, exif):
     Image.fromarray(two_colours()).save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").shape == (40, 64, 3)
 
@@ -162,7 +162,7 @@ def test_an_orientation_out_of_range_counts_as_upright(tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_a_truncated_picture_is_refused_with_its_path(tmp_path, suffix, share):
+def test_a_truncated_image_is_refused_with_its_path(tmp_path, suffix, share):
     data = io.BytesIO()
     Image.fromarray(noise()).save(data, FORMATS[suffix])
     path = tmp_path / f"half a{suffix}"
@@ -173,8 +173,8 @@ def test_a_truncated_picture_is_refused_with_its_path(tmp_path, suffix, share):
         assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\xff\xd8\xff\xd9"])
-def test_what_is_no_picture_is_refused_with_its_path(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\xff\xd8\xff\xd9"])
+def test_what_is_no_image_is_refused_with_its_path(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
     for function in (read_image, check_image, image_size):
@@ -182,7 +182,7 @@ def test_what_is_no_picture_is_refused_with_its_path(tmp_path, content):
             function(path)
 
 
-def test_a_missing_picture_and_a_folder_are_refused(tmp_path):
+def test_a_missing_image_and_a_folder_are_refused(tmp_path):
     for function in (read_image, check_image, image_size):
         with pytest.raises(UserError, match="no such file"):
             function(tmp_path / "absent.jpg")
@@ -231,7 +231,7 @@ def test_opencv_has_no_threads_that_a_forked_worker_would_wait_for():
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 @pytest.mark.parametrize("image_hw", [(64, 96), (61, 83)])
-def test_a_reduced_picture_has_a_pixel_for_each_square(tmp_path, suffix, reduction, image_hw):
+def test_a_reduced_image_has_a_pixel_for_each_square(tmp_path, suffix, reduction, image_hw):
     height, width = image_hw
     smooth = np.add.outer(np.arange(height), np.arange(width))[..., None].repeat(3, axis=2)
     path = tmp_path / f"x.{suffix}"
@@ -246,7 +246,7 @@ def test_a_reduced_picture_has_a_pixel_for_each_square(tmp_path, suffix, reducti
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_reduced_picture_is_turned_upright_too(tmp_path, orientation):
+def test_a_reduced_image_is_turned_upright_too(tmp_path, orientation):
     image = np.zeros((48, 80, 3), np.uint8)
     image[:24, :40] = 250
     path = tmp_path / "x.jpg"
@@ -263,48 +263,3 @@ def jpeg(mode="RGB", **options):
     data = io.BytesIO()
     Image.fromarray(noise()).convert(mode).save(data, "JPEG", **options)
     return data.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "plain"),
-    [
-        (jpeg(), True),
-        (jpeg("L"), True),
-        (jpeg(progressive=True, comment="a comment"), True),
-        (jpeg("CMYK"), False),
-        (jpeg(exif=exif_with(6)), False),
-        (jpeg(icc_profile=b"profile"), False),
-        (in_memory(noise(), exif_with(1)).fp.getvalue(), False),
-        (b"", False),
-    ],
-    ids=["colour", "grey", "progressive", "CMYK", "EXIF", "ICC", "PNG", "empty"],
-)
-def test_a_plain_jpeg_is_told_by_its_segments(data, plain):
-    assert is_plain_jpeg(data) == plain
-
-
-def test_a_header_cut_anywhere_is_no_plain_jpeg():
-    data = jpeg()
-    scan = data.index(b"\xff\xda")
-    assert not any(is_plain_jpeg(data[:length]) for length in range(scan + 2))
-    assert is_plain_jpeg(data[: scan + 10])
-
-
-def test_exif_behind_the_frame_is_seen():
-    data, exif = jpeg(), jpeg(exif=exif_with(6))
-    start = exif.index(b"\xff\xe1")
-    segment = exif[start : start + 2 + int.from_bytes(exif[start + 2 : start + 4], "big")]
-    scan = data.index(b"\xff\xda")
-    assert not is_plain_jpeg(data[:scan] + segment + data[scan:])
-
-
-def test_pillows_limit_may_be_switched_off(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert is_plain_jpeg(jpeg())
-
-
-def test_a_huge_frame_is_left_to_pillow():
-    data = bytearray(jpeg())
-    frame = data.index(b"\xff\xc0")
-    data[frame + 5 : frame + 9] = b"\xff\xff\xff\xff"
-    assert not is_plain_jpeg(bytes(data))

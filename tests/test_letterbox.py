@@ -31,7 +31,7 @@ SIZES = [
         ((1, 1), (64, 32), (16, 0, 32, 32)),
     ],
 )
-def test_a_picture_lands_centred_with_its_aspect_kept(image_hw, input_hw, expected):
+def test_an_image_lands_centred_with_its_aspect_kept(image_hw, input_hw, expected):
     assert letterbox_geometry(image_hw, input_hw) == expected
 
 
@@ -42,7 +42,7 @@ def test_a_size_that_is_not_positive_is_refused(sizes):
 
 
 @pytest.mark.parametrize(("image_hw", "input_hw"), SIZES)
-def test_padding_is_grey_and_the_picture_is_where_the_geometry_says(image_hw, input_hw):
+def test_padding_is_grey_and_the_image_is_where_the_geometry_says(image_hw, input_hw):
     top, left, height, width = letterbox_geometry(image_hw, input_hw)
     canvas = letterbox(np.full((*image_hw, 3), 200, np.uint8), input_hw)
     inside = np.zeros(input_hw, bool)
@@ -60,7 +60,7 @@ def test_boxes_come_back_from_the_letterbox(image_hw, input_hw):
     torch.testing.assert_close(letterbox_to_image(there, input_hw, image_hw), boxes)
 
 
-def test_boxes_beyond_the_picture_are_clipped_on_the_way_back():
+def test_boxes_beyond_the_image_are_clipped_on_the_way_back():
     boxes = torch.tensor([[-20.0, -20.0, 500.0, 500.0]])
     assert letterbox_to_image(boxes, (416, 416), (480, 640)).tolist() == [[0, 0, 640, 480]]
 
@@ -92,7 +92,7 @@ def test_resize_is_pil_bicubic_shrinking_and_enlarging(size_hw):
     assert difference.max() <= 3
 
 
-def test_resize_takes_any_view_of_a_picture():
+def test_resize_takes_any_view_of_an_image():
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     read_only = image.copy()
     read_only.flags.writeable = False
@@ -100,6 +100,6 @@ def test_resize_takes_any_view_of_a_picture():
         assert (resize(view, (20, 20)) == resize(view.copy(), (20, 20))).all()
 
 
-def test_a_picture_of_the_right_size_is_not_touched():
+def test_an_image_of_the_right_size_is_not_touched():
     image = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
     assert (letterbox(image, (32, 64)) == image).all()

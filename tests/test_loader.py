@@ -12,7 +12,7 @@ from data.image import read_image
 from data.loader import BlockSampler, TrainingLoader
 from data.sampler import BLOCK, EpochBatchSampler
 from data.voc import read_split
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 32, 40])
@@ -30,11 +30,11 @@ def test_joined_batches_are_the_batches_and_stay_in_their_block(batch_size, worl
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Three blocks of pictures."""
+    """Three blocks of images."""
     root, rng = tmp_path_factory.mktemp("loader"), np.random.default_rng(1)
     names = [str(i) for i in range(3 * BLOCK)]
     for name in names:
-        add_picture(root, name, rng.integers(0, 256, (40, 60, 3), np.uint8), [("a", (1, 1, 9, 9))])
+        add_image(root, name, rng.integers(0, 256, (40, 60, 3), np.uint8), [("a", (1, 1, 9, 9))])
     write_split(root, "train", names)
     return read_split(f"{root}:train", ["a"])
 
@@ -54,7 +54,7 @@ def test_batches_come_in_the_samplers_order_with_what_it_names(samples, num_work
             assert all(torch.equal(a, b) for a, b in zip(batch, expected, strict=True))
 
 
-def test_three_workers_decode_each_picture_about_once(samples, monkeypatch, tmp_path):
+def test_three_workers_decode_each_image_about_once(samples, monkeypatch, tmp_path):
     log = tmp_path / "decoded"
 
     def noting(path, **options):

@@ -56,9 +56,9 @@ def box_of(mask: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
-def planned_scenes(difficulty: str, pictures: int) -> list[Scene]:
+def planned_scenes(difficulty: str, images: int) -> list[Scene]:
     rng = np.random.default_rng(7)
-    plan = plan_objects({"train": list(range(pictures))}, difficulty, rng)
+    plan = plan_objects({"train": list(range(images))}, difficulty, rng)
     return [SCENES[difficulty](plan[index], np.random.default_rng((7, index))) for index in plan]
 
 
@@ -84,7 +84,7 @@ def test_a_seed_gives_the_same_bytes_in_any_folder_and_another_seed_others(tmp_p
 @pytest.mark.parametrize(
     ("images", "sizes"), [(5, (3, 1, 1)), (23, (14, 4, 5)), (300, (180, 60, 60))]
 )
-def test_splits_are_60_20_20_and_share_no_picture(images, sizes):
+def test_splits_are_60_20_20_and_share_no_image(images, sizes):
     splits = split_indices(images, np.random.default_rng(0))
     assert tuple(len(splits[name]) for name in SPLITS) == sizes
     assert sorted(chain(*splits.values())) == list(range(images))
@@ -107,7 +107,7 @@ def test_the_tree_is_complete_voc(tmp_path):
 
 
 def check_annotation(root: Path, image_id: str) -> list[str]:
-    """Checks one annotation against its picture; returns the names of its objects."""
+    """Checks one annotation against its image; returns the names of its objects."""
     annotation = ElementTree.parse(root / "Annotations" / f"{image_id}.xml").getroot()
     image = cv2.imread(str(root / "JPEGImages" / annotation.findtext("filename")))
     height, width, depth = (
@@ -125,7 +125,7 @@ def check_annotation(root: Path, image_id: str) -> list[str]:
     return [item.findtext("name") for item in annotation.iter("object")]
 
 
-def test_easy_boxes_are_where_the_picture_changes_when_the_object_is_left_out(easy_scenes):
+def test_easy_boxes_are_where_the_image_changes_when_the_object_is_left_out(easy_scenes):
     for scene in easy_scenes:
         whole = compose(scene.background, scene.placements)
         for index, item in enumerate(scene.objects()):
@@ -189,7 +189,7 @@ def test_a_pool_has_as_many_objects_as_asked_and_rare_classes_while_there_is_roo
         assert len(set(pool)) == min(total, len(names))
 
 
-def test_hard_pictures_hold_what_makes_them_hard(hard_scenes):
+def test_hard_images_hold_what_makes_them_hard(hard_scenes):
     objects = [(scene, item) for scene in hard_scenes for item in scene.objects()]
     boxes = np.array([item.box_xyxy for _, item in objects])
     sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1) / [max(s.owner.shape) for s, _ in objects]
@@ -201,7 +201,7 @@ def test_hard_pictures_hold_what_makes_them_hard(hard_scenes):
     assert sum(not scene.objects() for scene in hard_scenes) == 5
 
 
-def test_an_object_is_truncated_where_its_sprite_leaves_the_picture(hard_scenes):
+def test_an_object_is_truncated_where_its_sprite_leaves_the_image(hard_scenes):
     for scene in hard_scenes:
         real = [placement for placement in scene.placements if placement.name]
         for placement, item in zip(real, scene.objects(), strict=True):

@@ -76,7 +76,7 @@ def test_a_share_that_changes_nothing_is_refused_with_one_that_does():
     assert len(MultiScale((96, 64), 0.334, 0).sizes) == 2
 
 
-def test_without_multi_scale_no_picture_is_touched():
+def test_without_multi_scale_no_image_is_touched():
     recipe = Recipe(phases=(UNFROZEN,))
     assert recipe.input_size(7) is recipe.largest_input is None
     assert recipe.input_figures(7) == {}
@@ -132,7 +132,7 @@ def test_the_bar_says_the_size_where_it_changes():
     figures.flush()
     bar = {"lr": 0.01, "device": CPU}
     assert " lr 1.00e-02 320x416 " in progress_text(figures, input_size=(320, 416), **bar)
-    assert " lr 1.00e-02 1.0 pictures" not in progress_text(figures, input_size=None, **bar)
+    assert " lr 1.00e-02 1.0 images" not in progress_text(figures, input_size=None, **bar)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def plain_nms(cells, conf_threshold, nms_iou, max_candidates=3000, max_detections=300):
-    """One picture, by the definition: float64, loops, no tricks. Returns (n, 6)."""
+    """One image, by the definition: float64, loops, no tricks. Returns (n, 6)."""
     probability, class_id = cells[:, 5:].max(dim=1)
     score = cells[:, 4] * probability
     order = sorted(range(len(cells)), key=lambda k: (-score[k].item(), k))

@@ -123,7 +123,7 @@ def test_a_step_on_a_gpu_does_not_wait(amp_dtype, optimizer):
 
 
 @pytest.mark.cuda
-def test_pictures_are_resized_on_a_gpu_as_on_a_cpu_up_to_rounding():
+def test_images_are_resized_on_a_gpu_as_on_a_cpu_up_to_rounding():
     images, _ = batch()
     for size_hw in ((64, 96), (32, 64), (96, 128)):
         found = to_input(images, torch.device("cuda"), size_hw)

@@ -35,7 +35,7 @@ def test_boxes_and_objectness_are_those_of_opencvs_darknet_reader(theirs):
     ours = decoded(network)
     assert ours.shape == theirs.shape == (3 * (8 * 12 + 4 * 6 + 2 * 3), 5)
     scale = np.ones_like(theirs)
-    scale[:, 2:4] = np.maximum(theirs[:, 2:4], 1)  # boxes larger than the picture: of their size
+    scale[:, 2:4] = np.maximum(theirs[:, 2:4], 1)  # boxes larger than the image: of their size
     assert (np.abs(ours - theirs) / scale).max() < TOLERANCE
 
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from data.cache import PictureCache
+from data.cache import ImageCache
 from data.dataset import VocDataset, collate
 from data.pixel_file import STALE_SECONDS, PixelFile, pixel_file
 from data.voc import read_split
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def samples(tmp_path):
-    """Five pictures of noise, 40 x 60 to 80 x 60."""
+    """Five images of noise, 40 x 60 to 80 x 60."""
     rng = np.random.default_rng(0)
     for i in range(5):
         image = rng.integers(0, 256, (40 + 10 * i, 60, 3), np.uint8)
-        add_picture(tmp_path / "VOC", str(i), image, [("a", (2, 2, 50, 30))])
+        add_image(tmp_path / "VOC", str(i), image, [("a", (2, 2, 50, 30))])
     write_split(tmp_path / "VOC", "train", [str(i) for i in range(5)])
     return read_split(f"{tmp_path / 'VOC'}:train", ["a"])
 
@@ -38,9 +38,9 @@ def files(folder):
 
 
 @pytest.mark.parametrize("budget", [0, 10000, 10**7])
-def test_pictures_from_the_file_are_those_from_memory(samples, tmp_path, budget):
-    memory = PictureCache(samples, (70, 70), 10**7, reduced=True)
-    mapped = PictureCache(samples, (70, 70), budget, reduced=True, folder=str(tmp_path / "cache"))
+def test_images_from_the_file_are_those_from_memory(samples, tmp_path, budget):
+    memory = ImageCache(samples, (70, 70), 10**7, reduced=True)
+    mapped = ImageCache(samples, (70, 70), budget, reduced=True, folder=str(tmp_path / "cache"))
     assert len(mapped) == 5
     assert (tmp_path / "cache").exists() == (budget < 10**7)
     for i in range(5):
@@ -52,40 +52,40 @@ def test_pictures_from_the_file_are_those_from_memory(samples, tmp_path, budget)
             assert (image == other).all()
 
 
-def test_the_next_run_reads_no_picture(samples, tmp_path):
-    first = PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
+def test_the_next_run_reads_no_image(samples, tmp_path):
+    first = ImageCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
     before = [first.read(i).copy() for i in range(5)]
     (name,) = files(tmp_path / "cache")
     written = (tmp_path / "cache" / name).stat().st_mtime_ns
-    second = PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
+    second = ImageCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
     assert (tmp_path / "cache" / name).stat().st_mtime_ns == written
     assert all((second.read(i) == before[i]).all() for i in range(5))
 
 
-def test_a_changed_picture_makes_another_file(samples, tmp_path):
+def test_a_changed_image_makes_another_file(samples, tmp_path):
     folder = tmp_path / "cache"
-    PictureCache(samples, (99, 99), 0, folder=str(folder))
-    add_picture(tmp_path / "VOC", "0", np.full((40, 60, 3), 7, np.uint8), [])
-    changed = PictureCache(samples, (99, 99), 0, folder=str(folder))
+    ImageCache(samples, (99, 99), 0, folder=str(folder))
+    add_image(tmp_path / "VOC", "0", np.full((40, 60, 3), 7, np.uint8), [])
+    changed = ImageCache(samples, (99, 99), 0, folder=str(folder))
     assert (changed.read(0) == 7).all()
     assert len(files(folder)) == 2
 
 
-def test_a_picture_of_the_same_size_in_bytes_makes_another_file_too(samples, tmp_path):
+def test_an_image_of_the_same_size_in_bytes_makes_another_file_too(samples, tmp_path):
     folder, path = tmp_path / "cache", Path(samples[0].image_path)
-    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    ImageCache(samples, (99, 99), 0, folder=str(folder))
     status, data = path.stat(), path.read_bytes()
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
-    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    ImageCache(samples, (99, 99), 0, folder=str(folder))
     assert len(files(folder)) == 2
 
 
-def test_other_pictures_sizes_and_reductions_have_files_of_their_own(samples, tmp_path):
+def test_other_images_sizes_and_reductions_have_files_of_their_own(samples, tmp_path):
     folder = str(tmp_path / "cache")
     for limit_hw, reduced in [((99, 99), False), ((50, 50), False), ((99, 99), True)]:
         for part in (samples[:2], samples[2:4]):
-            PictureCache(part, limit_hw, 0, reduced=reduced, folder=folder)
+            ImageCache(part, limit_hw, 0, reduced=reduced, folder=folder)
     assert len(files(tmp_path / "cache")) == 6
 
 
@@ -98,11 +98,11 @@ def test_a_file_larger_than_memory_can_be_mapped(tmp_path):
 
 def test_a_file_cut_short_is_written_again(samples, tmp_path):
     folder = tmp_path / "cache"
-    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    ImageCache(samples, (99, 99), 0, folder=str(folder))
     (path,) = folder.iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
-    PictureCache(samples, (99, 99), 0, folder=str(folder))
+    ImageCache(samples, (99, 99), 0, folder=str(folder))
     assert path.read_bytes() == whole
 
 
@@ -136,8 +136,8 @@ pixel_file(sys.argv[1], [(sys.argv[2], 1)], 20000, parts())
 """
 
 
-def start_writer(folder, picture, pause):
-    command = [sys.executable, "-c", WRITER.format(pause=pause), str(folder), str(picture)]
+def start_writer(folder, image, pause):
+    command = [sys.executable, "-c", WRITER.format(pause=pause), str(folder), str(image)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
@@ -176,13 +176,13 @@ def test_a_folder_that_cannot_be_one_is_said_before_anything_is_decoded(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("data.cache.read_image", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(UserError, match=r"cache_dir .*cannot be used"):
-        PictureCache(samples, (99, 99), budget, folder=str(tmp_path / name))
+        ImageCache(samples, (99, 99), budget, folder=str(tmp_path / name))
 
 
-def test_a_picture_that_went_after_the_split_was_read_is_a_user_error(samples, tmp_path):
+def test_an_image_that_went_after_the_split_was_read_is_a_user_error(samples, tmp_path):
     Path(samples[3].image_path).unlink()
     with pytest.raises(UserError, match=r"3\.png"):
-        PictureCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
+        ImageCache(samples, (99, 99), 0, folder=str(tmp_path / "cache"))
 
 
 def test_a_full_disk_is_said_before_anything_is_decoded(samples, tmp_path):
@@ -190,8 +190,8 @@ def test_a_full_disk_is_said_before_anything_is_decoded(samples, tmp_path):
         pixel_file(str(tmp_path), [(samples[0].image_path,)], 10**18, iter(()))
 
 
-def test_a_broken_picture_leaves_no_file(samples, tmp_path):
+def test_a_broken_image_leaves_no_file(samples, tmp_path):
     wrong = replace(samples[1], image_hw=(1, 1))
     with pytest.raises(UserError, match="height and width"):
-        PictureCache([samples[0], wrong], (99, 99), 0, folder=str(tmp_path / "cache"))
+        ImageCache([samples[0], wrong], (99, 99), 0, folder=str(tmp_path / "cache"))
     assert files(tmp_path / "cache") == []

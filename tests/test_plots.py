@@ -34,7 +34,7 @@ def rows():
 
 
 def inked_share(path, below=250):
-    """How much of a picture is not white; fails when it is no picture."""
+    """How much of an image is not white; fails when it is no image."""
     image = cv2.imread(str(path))
     assert min(image.shape[:2]) >= 400
     return (image.min(axis=2) < below).mean()

@@ -14,7 +14,7 @@ from engine.predictor import Predictor
 from tests.test_predictor import (
     CLASS_NAMES,
     THRESHOLD,
-    random_picture,
+    random_image,
     with_class_thresholds,
     write_checkpoint,
 )
@@ -25,8 +25,8 @@ from utils.video import VideoReader, VideoWriter
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_picture(path, height=50, width=80, seed=0):
-    Image.fromarray(random_picture(height, width, seed)).save(path)
+def write_image(path, height=50, width=80, seed=0):
+    Image.fromarray(random_image(height, width, seed)).save(path)
     return path
 
 
@@ -65,13 +65,13 @@ def weights(tmp_path_factory):
 def mixed_run(weights, tmp_path_factory):
     """predict.py, run as a user does, on a folder of all kinds of files, two of them broken."""
     root = tmp_path_factory.mktemp("mixed run")
-    source = root / "my pictures"
+    source = root / "my images"
     (source / "subfolder").mkdir(parents=True)
-    write_picture(source / "a.png")
-    write_picture(source / "a.jpg", 60, 40, seed=1)
-    write_picture(source / "Ärger.JPG", 30, 90, seed=2)
-    write_picture(source / "subfolder" / "deep.png")
-    (source / "broken.jpg").write_bytes(b"no picture")
+    write_image(source / "a.png")
+    write_image(source / "a.jpg", 60, 40, seed=1)
+    write_image(source / "Ärger.JPG", 30, 90, seed=2)
+    write_image(source / "subfolder" / "deep.png")
+    (source / "broken.jpg").write_bytes(b"no image")
     (source / "notes.txt").write_text("hello")
     write_video(source / "a.mp4")
     write_video(root / "twin.mp4", frames=3).rename(source / "a.mov")
@@ -85,7 +85,7 @@ def mixed_run(weights, tmp_path_factory):
     return source, out, result, before
 
 
-def test_a_folder_gives_a_record_for_each_picture_and_frame(mixed_run):
+def test_a_folder_gives_a_record_for_each_image_and_frame(mixed_run):
     source, out, _, _ = mixed_run
     records = read_records(out)
     told = [(Path(record["source"]).name, record["frame"]) for record in records]
@@ -112,7 +112,7 @@ def test_the_records_are_the_predictors_boxes(mixed_run, weights):
     assert all(box["score"] >= THRESHOLD for box in boxes)
 
 
-def test_drawn_pictures_and_videos_lie_under_names_of_their_own(mixed_run, weights):
+def test_drawn_images_and_videos_lie_under_names_of_their_own(mixed_run, weights):
     source, out, _, _ = mixed_run
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["a.jpg", "a.png", "Ärger.JPG", "a.mp4", "a-2.mp4", "detections.jsonl"]
@@ -139,7 +139,7 @@ def test_what_could_not_be_read_is_told_at_the_end_and_the_status_is_2(mixed_run
     assert str(source / "broken.mp4") in result.stderr
     assert "Traceback" not in result.stderr
     assert "2 other files or folders left out" in result.stdout
-    assert "11 pictures or frames" in result.stdout
+    assert "11 images or frames" in result.stdout
     assert "disc" in result.stdout
 
 
@@ -149,8 +149,8 @@ def test_the_sources_are_untouched(mixed_run):
 
 
 @pytest.mark.parametrize("suffix", predict.IMAGE_SUFFIXES)
-def test_a_picture_keeps_its_format(monkeypatch, weights, tmp_path, suffix):
-    path = write_picture(tmp_path / f"bild{suffix}")
+def test_an_image_keeps_its_format(monkeypatch, weights, tmp_path, suffix):
+    path = write_image(tmp_path / f"bild{suffix}")
     run_main(monkeypatch, weights=weights, source=path, save_dir=tmp_path / "out")
     assert read_image(tmp_path / "out" / path.name).shape == (50, 80, 3)
     with Image.open(path) as source, Image.open(tmp_path / "out" / path.name) as drawn:
@@ -158,15 +158,15 @@ def test_a_picture_keeps_its_format(monkeypatch, weights, tmp_path, suffix):
 
 
 def test_saving_beside_the_sources_writes_over_nothing(monkeypatch, weights, tmp_path):
-    pixels = read_image(write_picture(tmp_path / "a.png"))
+    pixels = read_image(write_image(tmp_path / "a.png"))
     (tmp_path / "a-2.png").mkdir()
     run_main(monkeypatch, weights=weights, source=tmp_path / "a.png", save_dir=tmp_path)
     assert np.array_equal(read_image(tmp_path / "a.png"), pixels)
     assert not np.array_equal(read_image(tmp_path / "a-3.png"), pixels)
 
 
-def test_a_strangers_picture_in_the_save_dir_stays(monkeypatch, weights, tmp_path):
-    source = write_picture(tmp_path / "a.png")
+def test_a_strangers_image_in_the_save_dir_stays(monkeypatch, weights, tmp_path):
+    source = write_image(tmp_path / "a.png")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "A.PNG").write_bytes(b"mine")
     run_main(monkeypatch, weights=weights, source=source, save_dir=tmp_path / "out")
@@ -175,7 +175,7 @@ def test_a_strangers_picture_in_the_save_dir_stays(monkeypatch, weights, tmp_pat
 
 
 def test_a_second_run_replaces_the_results_of_the_first(monkeypatch, weights, tmp_path):
-    source, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    source, out = write_image(tmp_path / "a.png"), tmp_path / "out"
     counts = []
     for threshold in (0.2, 0.45):
         flags = {"weights": weights, "source": source, "save_dir": out}
@@ -187,7 +187,7 @@ def test_a_second_run_replaces_the_results_of_the_first(monkeypatch, weights, tm
 
 
 def test_when_nothing_passes_the_highest_score_is_told(monkeypatch, weights, tmp_path, capsys):
-    source, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    source, out = write_image(tmp_path / "a.png"), tmp_path / "out"
     run_main(monkeypatch, weights=weights, source=source, save_dir=out, conf_threshold=0.9)
     assert "No box has a score >= 0.9; the highest score seen is 0." in capsys.readouterr().out
     assert read_records(out)[0]["boxes"] == []
@@ -195,7 +195,7 @@ def test_when_nothing_passes_the_highest_score_is_told(monkeypatch, weights, tmp
 
 
 def test_a_threshold_that_stands_in_is_told_where_it_is_used(monkeypatch, tmp_path, capsys):
-    source = write_picture(tmp_path / "a.png")
+    source = write_image(tmp_path / "a.png")
     for metrics, flags, told in (
         ({}, {}, 1),
         ({"f1": 0.0}, {}, 1),
@@ -210,7 +210,7 @@ def test_a_threshold_that_stands_in_is_told_where_it_is_used(monkeypatch, tmp_pa
 
 
 def test_class_thresholds_are_used_and_told(monkeypatch, tmp_path, capsys):
-    source, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    source, out = write_image(tmp_path / "a.png"), tmp_path / "out"
     for own, told in (
         ((0.3, 0.9, 0.95), "boxes with score >= 0.3 to 0.95, its class's own: disc"),
         ((0.9, 0.91, 0.95), "No box has a score >= 0.9 to 0.95, its class's own; the highest"),
@@ -237,8 +237,8 @@ def test_when_nothing_can_be_read_nothing_is_left(monkeypatch, weights, tmp_path
 
 def test_when_nothing_can_be_read_earlier_results_stay(monkeypatch, weights, tmp_path):
     out, broken = tmp_path / "out", tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
-    source = write_picture(tmp_path / "a.png")
+    broken.write_bytes(b"no image")
+    source = write_image(tmp_path / "a.png")
     run_main(monkeypatch, weights=weights, source=source, save_dir=out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with pytest.raises(UserError, match="1 of 1 files"):
@@ -252,7 +252,7 @@ def test_a_video_that_ends_early_is_told(monkeypatch, weights, tmp_path, capsys)
         str(path), cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"MJPG"), 25.0, (96, 64)
     )
     for seed in range(8):
-        writer.write(random_picture(64, 96, seed))
+        writer.write(random_image(64, 96, seed))
     writer.release()
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     run_main(monkeypatch, weights=weights, source=path, save_dir=tmp_path / "out")
@@ -263,7 +263,7 @@ def test_a_video_that_ends_early_is_told(monkeypatch, weights, tmp_path, capsys)
 
 
 def test_without_save_dir_the_results_lie_in_logs(monkeypatch, weights, tmp_path):
-    source = write_picture(tmp_path / "a.png")
+    source = write_image(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
     run_main(monkeypatch, weights=weights, source=source)
     (folder,) = (tmp_path / "logs").iterdir()
@@ -277,8 +277,8 @@ def test_without_save_dir_the_results_lie_in_logs(monkeypatch, weights, tmp_path
         ({"weights": ""}, "No weights given"),
         ({"source": ""}, "is not there"),
         ({"source": "nowhere"}, "is not there"),
-        ({"source": "empty"}, "no picture .* and no video"),
-        ({"source": "text.txt"}, "no picture .* and no video"),
+        ({"source": "empty"}, "no image .* and no video"),
+        ({"source": "text.txt"}, "no image .* and no video"),
         ({"weights": "text.txt"}, "text.txt"),
         ({"weights": "nowhere.pt"}, "nowhere.pt"),
         ({"save_dir": "text.txt"}, "cannot make the folder"),
@@ -292,7 +292,7 @@ def test_bad_flags_are_refused_before_anything_is_written(
     monkeypatch, weights, tmp_path, flags, message
 ):
     monkeypatch.chdir(tmp_path)
-    write_picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("hello")
     with pytest.raises(UserError, match=message):

@@ -8,25 +8,25 @@ from PIL import Image
 
 from predict import main
 from tests.foreign_files import SINGLE, flags_of, write_shelf
-from tests.test_predictor import CLASS_NAMES, THRESHOLD, random_picture
+from tests.test_predictor import CLASS_NAMES, THRESHOLD, random_image
 from utils.errors import run_script
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
     folder = write_shelf(tmp_path_factory.mktemp("weights of others"))
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for index in range(3):
-        Image.fromarray(random_picture(50, 80, index)).save(folder / f"pictures/Bild {index}.png")
+        Image.fromarray(random_image(50, 80, index)).save(folder / f"images/Bild {index}.png")
     return folder
 
 
 @pytest.fixture
 def predict(shelf, tmp_path, monkeypatch, capsys):
-    """Run predict.py in this process: status, what it printed, and the boxes of each picture."""
+    """Run predict.py in this process: status, what it printed, and the boxes of each image."""
 
     def run(*flags):
-        fixed = ["--source", shelf / "pictures", "--save_dir", tmp_path / "out", "--device", "cpu"]
+        fixed = ["--source", shelf / "images", "--save_dir", tmp_path / "out", "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", list(map(str, ["predict.py", *fixed, *flags])))
         try:
             run_script(main)

@@ -51,7 +51,7 @@ def write_checkpoint(path, **changes):
     return path
 
 
-def random_picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -74,7 +74,7 @@ def predictor(weights):
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 500), (64, 96), (300, 40), (77, 130)])
 def test_equals_letterbox_network_decode_and_nms_by_hand(weights, size_hw):
-    image = random_picture(*size_hw)
+    image = random_image(*size_hw)
     checkpoint = read_checkpoint(weights)
     model = build_model(checkpoint, "cpu")
     pixels = torch.from_numpy(letterbox(image, INPUT_SHAPE)).permute(2, 0, 1)[None] / 255
@@ -93,7 +93,7 @@ def test_equals_letterbox_network_decode_and_nms_by_hand(weights, size_hw):
 
 
 def test_types_shapes_order_and_limits_of_the_result(predictor):
-    detections = predictor(random_picture(77, 130))
+    detections = predictor(random_image(77, 130))
     count = len(detections)
     assert [field.name for field in dataclasses.fields(detections)] == [
         *("boxes_xyxy", "scores", "class_ids", "class_names")
@@ -109,14 +109,14 @@ def test_types_shapes_order_and_limits_of_the_result(predictor):
 
 def test_nothing_found_gives_empty_arrays_of_the_same_kind_and_the_highest_score(weights):
     predictor = Predictor(weights, device="cpu", conf_threshold=1.0)
-    detections = predictor(random_picture(20, 30))
+    detections = predictor(random_image(20, 30))
     assert detections.boxes_xyxy.shape == (0, 4)
     assert (detections.boxes_xyxy.dtype, detections.class_ids.dtype) == (np.float32, np.int64)
     assert THRESHOLD < predictor.max_score < 1
 
 
 def test_a_list_in_gives_a_list_out_whatever_the_batch_size(predictor):
-    images = [random_picture(40 + 9 * index, 70, index) for index in range(5)]
+    images = [random_image(40 + 9 * index, 70, index) for index in range(5)]
     singles = [predictor(image) for image in images]
     for batch_size in (1, 2, 8):
         together = predictor(images, batch_size=batch_size)
@@ -132,8 +132,8 @@ def test_an_empty_list_gives_an_empty_list(predictor):
     assert predictor.max_score is None
 
 
-def test_the_highest_score_is_that_of_all_pictures_of_the_call(predictor):
-    images = [random_picture(64, 96, seed) for seed in range(3)]
+def test_the_highest_score_is_that_of_all_images_of_the_call(predictor):
+    images = [random_image(64, 96, seed) for seed in range(3)]
     highest = []
     for image in images:
         predictor(image)
@@ -143,18 +143,18 @@ def test_the_highest_score_is_that_of_all_pictures_of_the_call(predictor):
     assert predictor.max_score == pytest.approx(max(highest), rel=1e-5)
 
 
-def test_path_array_and_pil_image_of_one_picture_agree(predictor, tmp_path):
-    image = random_picture(50, 80)
+def test_path_array_and_pil_image_of_one_image_agree(predictor, tmp_path):
+    image = random_image(50, 80)
     path = tmp_path / "Bild ä.png"
     Image.fromarray(image).save(path)
     expected = predictor(image)
     strided = np.ascontiguousarray(image[..., ::-1])[..., ::-1]  # BGR, turned by a view
-    for picture in (path, str(path), Image.fromarray(image), Image.open(path), strided):
-        assert_same(predictor(picture), expected)
+    for given in (path, str(path), Image.fromarray(image), Image.open(path), strided):
+        assert_same(predictor(given), expected)
 
 
 def test_the_checkpoints_threshold_is_the_default_and_a_given_one_replaces_it(weights):
-    image = random_picture(64, 96)
+    image = random_image(64, 96)
     assert Predictor(weights, device="cpu").conf_threshold == THRESHOLD
     assert Predictor(weights, device="cpu", conf_threshold=0.0).conf_threshold == 0.0
     assert Predictor(weights, device="cpu")(image).scores.min() >= THRESHOLD
@@ -167,7 +167,7 @@ def with_class_thresholds(path, *thresholds):
 
 
 def test_class_thresholds_keep_of_each_class_what_its_own_threshold_keeps(tmp_path, weights):
-    image = random_picture(64, 96)
+    image = random_image(64, 96)
     every = Predictor(weights, device="cpu", conf_threshold=0.2)(image)
     own = [float(np.sort(every.scores[every.class_ids == id_])[10 * id_]) for id_ in range(3)]
     path = with_class_thresholds(tmp_path / "own.pt", *own)
@@ -181,7 +181,7 @@ def test_class_thresholds_keep_of_each_class_what_its_own_threshold_keeps(tmp_pa
 
 
 def test_boxes_below_their_class_threshold_take_no_place_from_others(tmp_path, weights):
-    image = random_picture(64, 96)
+    image = random_image(64, 96)
     full = Predictor(weights, device="cpu", conf_threshold=0.0)(image)
     path = with_class_thresholds(tmp_path / "own.pt", 1.0, 1.0, 0.0)
     found = Predictor(path, device="cpu", class_thresholds=True)(image)
@@ -209,17 +209,17 @@ def test_class_thresholds_that_cannot_be_used_are_refused(tmp_path, metrics, arg
 
 def test_a_higher_nms_iou_keeps_more(weights):
     counts = [
-        len(Predictor(weights, device="cpu", nms_iou=iou)(random_picture(64, 96)))
+        len(Predictor(weights, device="cpu", nms_iou=iou)(random_image(64, 96)))
         for iou in (0.1, 0.45, 0.9)
     ]
     assert counts == sorted(set(counts))
 
 
 def test_an_exif_turned_pil_image_is_turned_upright():
-    image = random_picture(30, 50)
-    picture = Image.fromarray(image)
-    picture.getexif()[0x0112] = 6
-    assert np.array_equal(to_rgb(picture), np.rot90(image, -1))
+    image = random_image(30, 50)
+    turned = Image.fromarray(image)
+    turned.getexif()[0x0112] = 6
+    assert np.array_equal(to_rgb(turned), np.rot90(image, -1))
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA"])
@@ -238,7 +238,7 @@ def test_grey_and_transparent_arrays_become_rgb_on_white():
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
         (np.zeros((4, 4, 3), np.float32), "must be uint8"),
         (np.zeros((4, 4, 3), bool), "must be uint8"),
@@ -253,9 +253,9 @@ def test_grey_and_transparent_arrays_become_rgb_on_white():
         ("nowhere.jpg", "nowhere.jpg"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_what_is_allowed(predictor, picture, message):
+def test_what_is_no_image_is_refused_with_what_is_allowed(predictor, image, message):
     with pytest.raises(UserError, match=message):
-        predictor(picture)
+        predictor(image)
 
 
 @pytest.mark.parametrize(
@@ -282,13 +282,13 @@ def test_missing_and_foreign_weights_are_refused(tmp_path):
         Predictor(tmp_path / "text.pt", device="cpu")
 
 
-def test_a_picture_far_larger_than_the_input_is_antialiased(predictor):
+def test_an_image_far_larger_than_the_input_is_antialiased(predictor):
     """One-pixel stripes become an even grey; sampled, they would become all white or all black."""
     stripes = np.zeros((640, 960, 3), np.uint8)
     stripes[:, ::2] = 255
     highest = []
-    for picture in (stripes, np.full_like(stripes, 128), stripes[:, ::2]):
-        predictor(picture)
+    for image in (stripes, np.full_like(stripes, 128), stripes[:, ::2]):
+        predictor(image)
         highest.append(predictor.max_score)
     assert highest[0] == pytest.approx(highest[1], abs=0.01)
     assert highest[2] != pytest.approx(highest[1], abs=0.01)

@@ -11,7 +11,7 @@ from tests.test_predictor import (
     ANCHORS,
     INPUT_SHAPE,
     THRESHOLD,
-    random_picture,
+    random_image,
     write_checkpoint,
 )
 from utils.errors import UserError
@@ -50,7 +50,7 @@ def test_in_bf16_the_boxes_are_the_same_within_2_pixels_and_their_scores_within_
 
     In a few cells two classes are as likely.
     """
-    image = random_picture(64, 96)
+    image = random_image(64, 96)
     keep_all = {"device": "cpu", "nms_iou": 1.0}
     exact, rough = (Predictor(weights, **keep_all, amp=amp)(image) for amp in ("off", "bf16"))
     for one, other in ((exact, rough), (rough, exact)):
@@ -62,7 +62,7 @@ def test_in_bf16_the_boxes_are_the_same_within_2_pixels_and_their_scores_within_
 
 def decoded_in(dtype, weights):
     checkpoint = read_checkpoint(weights)
-    images = torch.from_numpy(random_picture(64, 96)).permute(2, 0, 1)[None] / 255
+    images = torch.from_numpy(random_image(64, 96)).permute(2, 0, 1)[None] / 255
     with torch.inference_mode():
         outputs = build_model(checkpoint, "cpu", dtype)(images.to(dtype))
     assert {raw.dtype for raw in outputs} == {dtype}
@@ -84,7 +84,7 @@ def test_fp16_rounds_several_times_finer_than_bf16(weights):
 
 
 def test_on_a_cpu_the_default_is_float32_to_the_last_bit(weights):
-    image = random_picture(77, 130)
+    image = random_image(77, 130)
     default, off = (Predictor(weights, device="cpu", **k) for k in ({}, {"amp": "off"}))
     assert {p.dtype for p in default.model.parameters()} == {torch.float32}
     for name in ("boxes_xyxy", "scores", "class_ids"):
@@ -100,15 +100,15 @@ def test_weights_or_activations_beyond_float16_are_told_not_dropped(weights):
     predictor = Predictor(weights, device="cpu")
     predictor.dtype = torch.float16
     predictor.model = build_model(read_checkpoint(weights), "cpu", torch.float16)
-    assert len(predictor(random_picture(64, 96))) > 5
+    assert len(predictor(random_image(64, 96))) > 5
     predictor.model.head_p4.output.bias[4] = float("inf")
-    with pytest.raises(UserError, match="exceed the range of float16 on this picture"):
-        predictor(random_picture(64, 96))
+    with pytest.raises(UserError, match="exceed the range of float16 on this image"):
+        predictor(random_image(64, 96))
 
 
 @pytest.mark.cuda
 def test_on_a_gpu_the_default_is_fp16_and_finds_what_float32_finds(weights):
-    image = random_picture(64, 96)
+    image = random_image(64, 96)
     half = Predictor(weights, device="cuda", nms_iou=1.0)
     full = Predictor(weights, device="cuda", nms_iou=1.0, amp="off")
     assert {p.dtype for p in half.model.parameters()} == {torch.float16}

@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 def row(epoch, **more):
     values = dict.fromkeys(("loss", "loc", "conf", "cls", "val_loss", "lr"), 0.5)
-    return {"epoch": epoch, "step": epoch * 10, "pictures_per_second": 3.0, **values, **more}
+    return {"epoch": epoch, "step": epoch * 10, "images_per_second": 3.0, **values, **more}
 
 
 def test_a_run_folder_must_be_empty_and_is_made(tmp_path):
@@ -54,7 +54,7 @@ def test_metrics_config_curves_and_events_are_written(tmp_path):
         assert "AP50" not in line
         line = log.epoch(row(2, val_ap50=0.25, val_ap=0.1, f1=0.4, conf_threshold=0.3))
         assert "AP50 0.2500" in line
-        log.picture("train_batch", np.zeros((32, 32, 3), np.uint8), 1)
+        log.image("train_batch", np.zeros((32, 32, 3), np.uint8), 1)
     assert json.loads((tmp_path / "config.json").read_text("utf-8"))["name"] == "Größe"
     with open(tmp_path / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))

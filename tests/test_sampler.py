@@ -23,7 +23,7 @@ def epoch_batches(length, batch_size, epoch=0, start_step=0, **kwargs):
 
 
 @pytest.mark.parametrize("length", [8, 9, 15, 16, 17, 100])
-def test_every_picture_comes_and_every_batch_is_full(length):
+def test_every_image_comes_and_every_batch_is_full(length):
     batches = epoch_batches(length, 8)
     assert len(batches) == len(EpochBatchSampler(length, 8)) == -(-length // 8)
     assert all(len(batch) == 8 for batch in batches)
@@ -97,7 +97,7 @@ def test_a_negative_seed_is_a_user_error():
 
 
 @pytest.mark.parametrize("length", [1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
-def test_a_block_is_whole_and_holds_its_picture(length):
+def test_a_block_is_whole_and_holds_its_image(length):
     blocks = EpochBlocks(length, seed=3)
     for index in range(length):
         around = blocks.around(index, epoch=2).tolist()
@@ -120,8 +120,8 @@ def test_blocks_change_with_the_epoch_and_come_back_with_it():
     assert set(blocks.around(7, epoch=0).tolist()) == first
 
 
-def test_the_order_shares_no_random_numbers_with_a_picture():
-    """SeedSequence pads with zeros: (seed, epoch) alone would be picture 0's key."""
+def test_the_order_shares_no_random_numbers_with_an_image():
+    """SeedSequence pads with zeros: (seed, epoch) alone would be image 0's key."""
     drawn = random_generator(4, 2, 0).permutation(100)
     assert epoch_order(100, seed=4, epoch=2).tolist() != drawn.tolist()
 

@@ -13,7 +13,7 @@ PLACES = np.array([[x, 0, x + 20, 20] for x in range(0, 600, 30)], np.float32)  
 
 
 def make_sample(class_ids, difficult=()):
-    """A picture whose i-th object lies at the i-th place."""
+    """An image whose i-th object lies at the i-th place."""
     ids = np.array(class_ids, dtype=np.int64)
     hard = np.isin(np.arange(len(ids)), difficult)
     return Sample("a.png", "a", (20, 600), ids, PLACES[: len(ids)], hard)

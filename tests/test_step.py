@@ -157,7 +157,7 @@ def test_a_rehearsal_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_b
     assert state_to_come(step.optimizer) == []
 
 
-def test_a_step_at_another_size_learns_from_the_resized_pictures():
+def test_a_step_at_another_size_learns_from_the_resized_images():
     step, by_hand = make_step(), make_step()
     images, targets = batch()
     resized = torch.nn.functional.interpolate(images, size=(6, 4), mode="bilinear", antialias=True)
@@ -166,7 +166,7 @@ def test_a_step_at_another_size_learns_from_the_resized_pictures():
         assert torch.equal(state_of(step)[key], value), key
 
 
-def test_pictures_become_channels_last_fractions():
+def test_images_become_channels_last_fractions():
     images, _ = batch()
     inputs = to_input(images, CPU)
     assert inputs.is_contiguous(memory_format=torch.channels_last)

@@ -135,11 +135,11 @@ def test_the_same_seed_gives_the_same_run_whatever_it_costs(whole_run, tiny_voc,
     assert without_times(rows_of(other)) == without_times(rows_of(folder))
 
 
-def test_pictures_from_a_file_train_as_those_from_disk(whole_run, tiny_voc, tmp_path):
-    more = {"cache": (), "cache_gb": 0, "cache_dir": tmp_path / "pictures"}
+def test_images_from_a_file_train_as_those_from_disk(whole_run, tiny_voc, tmp_path):
+    more = {"cache": (), "cache_gb": 0, "cache_dir": tmp_path / "images"}
     other, _ = trained(tiny_voc, tmp_path / "b", **more, **STATEFUL)
     assert without_times(rows_of(other)) == without_times(rows_of(whole_run[0]))
-    assert len(list((tmp_path / "pictures").glob("pictures-*.cache"))) == 1
+    assert len(list((tmp_path / "images").glob("images-*.cache"))) == 1
 
 
 def test_a_frozen_backbone_keeps_weights_and_statistics(whole_run, tiny_voc, tmp_path):
@@ -250,7 +250,7 @@ def test_two_ranks_train_together_and_end(tiny_voc, tmp_path, conf_loss):
     )
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run")
-    assert [row["step"] for row in rows] == ["2", "4", "6"]  # 8 pictures, 6 a step
+    assert [row["step"] for row in rows] == ["2", "4", "6"]  # 8 images, 6 a step
     for row in rows:  # of both ranks, each way
         scales = [float(row[f"s{stride}_positives"]) for stride in (8, 16, 32)]
         assert sum(scales) == pytest.approx(float(row["positives"]), rel=1e-4)

@@ -48,13 +48,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_loss_that_is_never_finite_stops_with_terms_and_pictures(tiny_voc, folder):
+def test_a_loss_that_is_never_finite_stops_with_terms_and_images(tiny_voc, folder):
     more = {"conf_loss": "my_losses:Broken", "batch_size": 1}
     done = run_train(*flags(tiny_voc, folder / "run", **more), cwd=folder)
     assert done.returncode == 2
     assert "5 updates in a row" in done.stderr
     assert "conf nan" in done.stderr
-    assert "picture " in done.stderr
+    assert "image " in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -15,7 +15,7 @@ SCALE_XY = (2.0, 2.0, 2.0)
 NONE = Augmentation(scale=(1, 1), jitter=0, flip_prob=0, hue=0, saturation=0, value=0)
 
 
-def test_eight_pictures_are_overfitted(tmp_path):
+def test_eight_images_are_overfitted(tmp_path):
     make_sample(tmp_path / "Sample", images=30, seed=1, difficulty="easy", progress=False)
     names = read_class_names(tmp_path / "Sample" / "classes.txt")
     eight = read_split(f"{tmp_path / 'Sample'}:train", names)[:8]

@@ -8,7 +8,7 @@ from PIL import Image
 
 from data.image import read_image
 from data.voc import read_class_names, read_split, scan_split
-from tests.factory import add_picture, annotation_xml, coloured_boxes, write_split
+from tests.factory import add_image, annotation_xml, coloured_boxes, write_split
 from utils.errors import UserError
 
 CAT = (220, 40, 40)
@@ -16,24 +16,24 @@ NAMES = ("cat", "dog")
 HW = (40, 60)
 
 
-def picture(hw=HW):
+def image(hw=HW):
     return np.full((*hw, 3), 90, np.uint8)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Two pictures: "1" with a cat and a difficult dog, "2" without objects."""
+    """Two images: "1" with a cat and a difficult dog, "2" without objects."""
     root = tmp_path / "VOC"
     boxes = [("cat", (2, 3, 20, 30)), ("dog", (30, 5, 50, 35), True)]
-    add_picture(root, "1", picture(), boxes)
-    add_picture(root, "2", picture(), [])
+    add_image(root, "1", image(), boxes)
+    add_image(root, "2", image(), [])
     write_split(root, "train", ["1", "2"])
     return root
 
 
 def scan_boxes(root, *boxes):
-    """One picture with these cats: its boxes as a list, and the report."""
-    add_picture(root, "one", picture(), [("cat", box) for box in boxes])
+    """One image with these cats: its boxes as a list, and the report."""
+    add_image(root, "one", image(), [("cat", box) for box in boxes])
     write_split(root, "one", ["one"])
     samples, report = scan_split(f"{root}:one", NAMES)
     return samples[0].boxes_xyxy.tolist(), report
@@ -68,13 +68,13 @@ def test_a_sample_has_the_shapes_types_and_order_of_its_contract(root):
         assert sample.difficult.dtype == bool
 
 
-def test_the_report_counts_pictures_backgrounds_boxes_and_difficult_ones(root):
+def test_the_report_counts_images_backgrounds_boxes_and_difficult_ones(root):
     _, report = scan_split(f"{root}:train", NAMES)
-    assert (report.pictures, report.backgrounds, report.difficult) == (2, 1, 1)
+    assert (report.images, report.backgrounds, report.difficult) == (2, 1, 1)
     assert report.boxes == {"cat": 1, "dog": 1}
     assert not report.faults
     text = str(report)
-    assert text.startswith(f"{root}:train: 2 pictures (1 without objects), 2 boxes (1 difficult)")
+    assert text.startswith(f"{root}:train: 2 images (1 without objects), 2 boxes (1 difficult)")
     assert "cat 1, dog 1" in text
 
 
@@ -90,7 +90,7 @@ def test_difficult_objects_can_be_made_ordinary_ones(root):
 
 def test_splits_of_several_roots_are_joined_in_order(root, tmp_path):
     other = tmp_path / "other"
-    add_picture(other, "3", picture(), [("dog", (1, 1, 9, 9))])
+    add_image(other, "3", image(), [("dog", (1, 1, 9, 9))])
     write_split(other, "val", ["3"])
     samples, report = scan_split(f"{other}:val+{root}:train", NAMES)
     assert [sample.image_id for sample in samples] == ["3", "1", "2"]
@@ -99,7 +99,7 @@ def test_splits_of_several_roots_are_joined_in_order(root, tmp_path):
 
 def test_an_id_that_two_roots_share_stays_unique(root, tmp_path):
     other = tmp_path / "other"
-    add_picture(other, "1", picture(), [])
+    add_image(other, "1", image(), [])
     write_split(other, "train", ["1"])
     samples = read_split(f"{root}:train+{other}:train", NAMES)
     assert [sample.image_id for sample in samples] == [f"{root}/1", "2", f"{other}/1"]
@@ -120,7 +120,7 @@ def test_fractional_coordinates_are_kept_as_written(root):
     assert (report.swapped, report.clipped, report.dropped_tiny) == (0, 0, 0)
 
 
-def test_a_box_that_fills_the_picture_is_left_alone(root):
+def test_a_box_that_fills_the_image_is_left_alone(root):
     boxes, report = scan_boxes(root, (0, 0, 60, 40))
     assert boxes == [[0, 0, 60, 40]]
     assert report.clipped == 0
@@ -134,7 +134,7 @@ def test_corners_in_the_wrong_order_are_swapped_and_counted(root, box):
     assert "1 swapped" in str(report)
 
 
-def test_boxes_outside_the_picture_are_clipped_and_counted(root):
+def test_boxes_outside_the_image_are_clipped_and_counted(root):
     boxes, report = scan_boxes(root, (-5, -1, 10, 10), (50, 30, 61, 41), (1, 1, 9, 9))
     assert boxes == [[0, 0, 10, 10], [50, 30, 60, 40], [1, 1, 9, 9]]
     assert report.clipped == 2
@@ -150,16 +150,16 @@ def test_boxes_below_one_pixel_are_dropped_and_counted(root):
     assert report.boxes["cat"] == 1
 
 
-def test_a_picture_whose_boxes_are_all_dropped_is_a_background(root):
+def test_an_image_whose_boxes_are_all_dropped_is_a_background(root):
     boxes, report = scan_boxes(root, (5, 5, 5, 5))
     assert boxes == []
     assert report.backgrounds == 1
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".PNG", ".bmp", ".webp", ".tiff"])
-def test_a_picture_is_found_by_its_id_whatever_its_suffix(root, suffix):
+def test_an_image_is_found_by_its_id_whatever_its_suffix(root, suffix):
     image_id = "Bild ü 猫.v2 1"
-    Image.fromarray(picture()).save(root / "JPEGImages" / f"{image_id}{suffix}")
+    Image.fromarray(image()).save(root / "JPEGImages" / f"{image_id}{suffix}")
     write_xml(root, image_id, "<filename>elsewhere.gif</filename>")
     write_split(root, "train", [image_id])
     sample = read_split(f"{root}:train", NAMES)[0]
@@ -167,21 +167,21 @@ def test_a_picture_is_found_by_its_id_whatever_its_suffix(root, suffix):
     assert sample.image_id == image_id
 
 
-def test_a_picture_is_found_by_the_file_name_in_its_annotation(root):
+def test_an_image_is_found_by_the_file_name_in_its_annotation(root):
     (root / "JPEGImages" / "1.png").rename(root / "JPEGImages" / "photo.png")
-    write_xml(root, "1", "<filename>C:\\pictures\\photo.png</filename>")
+    write_xml(root, "1", "<filename>C:\\images\\photo.png</filename>")
     assert Path(read_split(f"{root}:train", NAMES)[0].image_path).name == "photo.png"
 
 
-def test_of_two_pictures_with_one_id_the_annotation_chooses(root):
-    Image.fromarray(picture((20, 30))).save(root / "JPEGImages" / "1.bmp")
+def test_of_two_images_with_one_id_the_annotation_chooses(root):
+    Image.fromarray(image((20, 30))).save(root / "JPEGImages" / "1.bmp")
     assert read_split(f"{root}:train", NAMES)[0].image_hw == HW
     write_xml(root, "1", "<filename>1.bmp</filename>")
     assert read_split(f"{root}:train", NAMES)[0].image_hw == (20, 30)
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>a</width></size>"])
-def test_the_size_of_the_real_picture_counts(root, size):
+def test_the_size_of_the_real_image_counts(root, size):
     wrong = "<size><width>7</width><height>7</height></size>"
     box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>55</xmax><ymax>39</ymax></bndbox>"
     write_xml(root, "1", f"{size or wrong}<object><name>cat</name>{box}</object>")
@@ -191,7 +191,7 @@ def test_the_size_of_the_real_picture_counts(root, size):
     assert report.clipped == 0
 
 
-def add_turned_picture(root, stored, orientation, boxes, size_hw):
+def add_turned_image(root, stored, orientation, boxes, size_hw):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(stored).save(root / "JPEGImages" / "1.png", exif=exif)
@@ -200,9 +200,9 @@ def add_turned_picture(root, stored, orientation, boxes, size_hw):
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_boxes_on_the_stored_pixels_are_turned_with_the_picture(root, orientation):
+def test_boxes_on_the_stored_pixels_are_turned_with_the_image(root, orientation):
     stored = coloured_boxes(HW, [(4, 6, 30, 11)], [CAT])
-    add_turned_picture(root, stored, orientation, [("cat", (4, 6, 30, 11))], HW)
+    add_turned_image(root, stored, orientation, [("cat", (4, 6, 30, 11))], HW)
     samples, report = scan_split(f"{root}:train", NAMES)
     assert samples[0].image_hw == (60, 40)
     ys, xs = np.nonzero(read_image(samples[0].image_path)[..., 0] == CAT[0])
@@ -213,29 +213,29 @@ def test_boxes_on_the_stored_pixels_are_turned_with_the_picture(root, orientatio
 
 
 @pytest.mark.parametrize(("orientation", "size_hw"), [(6, (60, 40)), (6, (1, 1)), (3, HW)])
-def test_boxes_on_the_upright_picture_stay(root, orientation, size_hw):
-    add_turned_picture(root, picture(), orientation, [("cat", (3, 4, 20, 30))], size_hw)
+def test_boxes_on_the_upright_image_stay(root, orientation, size_hw):
+    add_turned_image(root, image(), orientation, [("cat", (3, 4, 20, 30))], size_hw)
     samples, report = scan_split(f"{root}:train", NAMES)
     assert samples[0].boxes_xyxy.tolist() == [[3, 4, 20, 30]]
     assert report.rotated == 0
 
 
 def spoil(root):
-    """Six pictures with six faults; the paths that a message has to name."""
-    ids = ["no_xml", "no_picture", "broken_xml", "half", "text", "no_box"]
+    """Six images with six faults; the paths that a message has to name."""
+    ids = ["no_xml", "no_image", "broken_xml", "half", "text", "no_box"]
     for image_id in ids:
-        add_picture(root, image_id, picture(), [], suffix=".jpg")
-    pictures, annotations = root / "JPEGImages", root / "Annotations"
+        add_image(root, image_id, image(), [], suffix=".jpg")
+    images, annotations = root / "JPEGImages", root / "Annotations"
     (annotations / "no_xml.xml").unlink()
-    (pictures / "no_picture.jpg").unlink()
+    (images / "no_image.jpg").unlink()
     (annotations / "broken_xml.xml").write_text("<annotation><object>")
-    half = pictures / "half.jpg"
+    half = images / "half.jpg"
     half.write_bytes(half.read_bytes()[:-300])
-    (pictures / "text.jpg").write_text("not a picture")
+    (images / "text.jpg").write_text("not an image")
     write_xml(root, "no_box", "<object><name>cat</name></object>")
     write_split(root, "train", ["1", *ids, "2"])
     bad_xml = [annotations / f"{name}.xml" for name in ("no_xml", "broken_xml", "no_box")]
-    return [str(path) for path in (*bad_xml, pictures / "no_picture", half, pictures / "text.jpg")]
+    return [str(path) for path in (*bad_xml, images / "no_image", half, images / "text.jpg")]
 
 
 def test_all_broken_files_are_reported_at_once_by_path(root):
@@ -250,13 +250,13 @@ def test_skip_bad_goes_on_without_them_counts_and_names_them(root):
     paths = spoil(root)
     samples, report = scan_split(f"{root}:train", NAMES, skip_bad=True)
     assert [sample.image_id for sample in samples] == ["1", "2"]
-    assert report.pictures == 2
+    assert report.images == 2
     assert len(report.faults) == 6
     assert [path for path in paths if path not in str(report)] == []
     assert "skipped: 6 files" in str(report)
 
 
-def test_broken_annotation_and_broken_picture_of_one_id_are_both_named(root):
+def test_broken_annotation_and_broken_image_of_one_id_are_both_named(root):
     (root / "JPEGImages" / "1.png").write_bytes(b"")
     (root / "Annotations" / "1.xml").write_text("")
     message = refusal(f"{root}:train", NAMES)

@@ -7,22 +7,22 @@ import pytest
 
 from data.voc import read_split, scan_split
 from data.voc_tree import parse_spec
-from tests.factory import add_picture, write_split
+from tests.factory import add_image, write_split
 from utils.errors import UserError
 
 NAMES = ("cat", "dog")
 
 
-def picture(hw=(4, 4)):
+def image(hw=(4, 4)):
     return np.full((*hw, 3), 90, np.uint8)
 
 
 @pytest.fixture
 def root(tmp_path):
-    """Two pictures in a split "train"."""
+    """Two images in a split "train"."""
     root = tmp_path / "VOC"
-    add_picture(root, "1", picture(), [("cat", (0, 0, 3, 3))])
-    add_picture(root, "2", picture(), [])
+    add_image(root, "1", image(), [("cat", (0, 0, 3, 3))])
+    add_image(root, "2", image(), [])
     write_split(root, "train", ["1", "2"])
     return root
 
@@ -58,7 +58,7 @@ def test_an_unknown_split_is_an_error_that_lists_those_present(root):
 
 def unsplit_tree(root, count):
     for i in range(count):
-        add_picture(root, f"{i:03}", picture(), [])
+        add_image(root, f"{i:03}", image(), [])
     return root
 
 
@@ -93,7 +93,7 @@ def test_splits_are_made_once_seeded_eight_to_one_to_one_and_said(tmp_path):
 
 
 @pytest.mark.parametrize(("count", "splits"), [(1, 1), (2, 2), (3, 3), (5, 3)])
-def test_a_handful_of_pictures_is_split_as_far_as_it_goes(tmp_path, count, splits):
+def test_a_handful_of_images_is_split_as_far_as_it_goes(tmp_path, count, splits):
     root = unsplit_tree(tmp_path, count)
     assert read_split(f"{root}:train", NAMES)
     made = split_files(root / "ImageSets" / "Main")
@@ -102,10 +102,10 @@ def test_a_handful_of_pictures_is_split_as_far_as_it_goes(tmp_path, count, split
     assert sum(len(ids) > 0 for ids in made.values()) == splits
 
 
-def test_a_split_of_no_pictures_cannot_be_made(tmp_path):
+def test_a_split_of_no_images_cannot_be_made(tmp_path):
     (tmp_path / "Annotations").mkdir()
     (tmp_path / "JPEGImages").mkdir()
-    assert "cannot be made from 0 pictures" in refusal(f"{tmp_path}:train", NAMES)
+    assert "cannot be made from 0 images" in refusal(f"{tmp_path}:train", NAMES)
 
 
 def test_a_read_only_tree_is_split_in_the_run_folder(tmp_path):
@@ -148,7 +148,7 @@ def test_unpaired_and_stray_files_are_reported_before_a_split_is_made(tmp_path):
     (root / "JPEGImages" / "notes.txt").write_text("")
     message = refusal(f"{root}:train", NAMES)
     assert f"{root / 'JPEGImages' / '003.png'}: no annotation" in message
-    assert f"{root / 'Annotations' / '004.xml'}: no picture" in message
+    assert f"{root / 'Annotations' / '004.xml'}: no image" in message
     assert str(root / "JPEGImages" / "notes.txt") in message
     assert not split_files(root / "ImageSets" / "Main")
 
@@ -159,13 +159,13 @@ def test_unpaired_and_stray_files_are_reported_before_a_split_is_made(tmp_path):
     assert not {"003", "004"} & set(made["trainval"] + made["test"])
 
 
-def test_pictures_named_by_their_annotation_are_paired_when_a_split_is_made(tmp_path):
+def test_images_named_by_their_annotation_are_paired_when_a_split_is_made(tmp_path):
     root = unsplit_tree(tmp_path / "VOC", 5)
     (root / "JPEGImages" / "002.png").rename(root / "JPEGImages" / "photo.png")
     xml = "<annotation><filename>photo.png</filename></annotation>"
     (root / "Annotations" / "002.xml").write_text(xml)
     _, report = scan_split(f"{root}:trainval+{root}:test", NAMES)
-    assert report.pictures == 5
+    assert report.images == 5
 
 
 def test_system_files_and_strays_beside_a_split_are_ignored_and_said(root):
@@ -176,7 +176,7 @@ def test_system_files_and_strays_beside_a_split_are_ignored_and_said(root):
     text = str(report)
     assert "3 system files ignored" in text
     assert str(root / "JPEGImages" / "readme.md") in text
-    assert f"1 pictures without annotation: {root / 'JPEGImages' / 'spare.png'}" in text
+    assert f"1 images without annotation: {root / 'JPEGImages' / 'spare.png'}" in text
 
 
 def test_a_missing_root_names_both_ways_out(tmp_path):

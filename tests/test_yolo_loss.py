@@ -85,13 +85,13 @@ def test_many_truths_in_few_cells_equal_the_original_fork():
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 32), (64, 64)])
 @pytest.mark.parametrize(("num_classes", "batch"), [(1, 1), (1, 3), (5, 1)])
-def test_a_single_class_one_picture_and_other_shapes_equal_the_fork(num_classes, batch, shape):
+def test_a_single_class_one_image_and_other_shapes_equal_the_fork(num_classes, batch, shape):
     outputs = make_outputs(num_classes, shape, batch)
     targets = make_targets(8, num_classes, batch)
     assert_equals_reference(outputs, targets, num_classes, shape=shape)
 
 
-def test_pictures_without_objects_equal_the_original_fork():
+def test_images_without_objects_equal_the_original_fork():
     outputs, targets = make_outputs(batch=3), make_targets()
     targets[:, 0] = 1
     assert_equals_reference(outputs, targets)
@@ -199,11 +199,11 @@ def test_no_shape_or_branch_depends_on_the_data(assigner, conf_loss):
 
 
 def rank_step(rank, folder):
-    """One of two ranks: pictures 0 and 1, or picture 2, which has no object."""
+    """One of two ranks: images 0 and 1, or image 2, which has no object."""
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    pictures, targets = ((0, 2), make_targets()) if rank == 0 else ((2, 3), torch.zeros(0, 6))
-    outputs = [raw.detach()[slice(*pictures)].requires_grad_() for raw in make_outputs(batch=3)]
+    images, targets = ((0, 2), make_targets()) if rank == 0 else ((2, 3), torch.zeros(0, 6))
+    outputs = [raw.detach()[slice(*images)].requires_grad_() for raw in make_outputs(batch=3)]
     for normalizer in ("mean", "positives"):
         spec = f"tests.test_yolo_loss_knobs:Recorder(normalizer={normalizer!r})"
         terms = make_loss(conf_loss=spec)(outputs, targets)

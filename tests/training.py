@@ -62,7 +62,7 @@ def rows_of(folder):
 
 
 def without_times(rows):
-    timed = ("pictures_per_second", "seconds", "memory_gb")
+    timed = ("images_per_second", "seconds", "memory_gb")
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 

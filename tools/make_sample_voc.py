@@ -22,9 +22,9 @@ from utils.errors import UserError, run_script
 
 SPLITS = ("train", "val", "test")
 MARKER = "sample.json"  # a folder with this file was made here and may be replaced
-MIN_IMAGES = 5  # fewer leave a split without pictures
+MIN_IMAGES = 5  # fewer leave a split without images
 IMBALANCE = 50  # most frequent : rarest class of the hard sample
-EMPTY_SHARE = 0.1  # pictures without objects in the hard sample
+EMPTY_SHARE = 0.1  # images without objects in the hard sample
 CLASSES = {"easy": tuple(LANDSCAPE), "hard": tuple(CLUTTER)}
 SCENES = {"easy": landscape_scene, "hard": clutter_scene}
 
@@ -33,25 +33,25 @@ SCENES = {"easy": landscape_scene, "hard": clutter_scene}
 class Config:
     # Every line is a flag; its comment is the flag's help.
     out: Path = Path("VOCdevkit/Sample")  # folder of the new data set
-    images: int = 300  # pictures in all, 60:20:20 into train, val and test
-    seed: int = 0  # the same seed draws the same pictures, byte for byte
+    images: int = 300  # images in all, 60:20:20 into train, val and test
+    seed: int = 0  # the same seed draws the same images, byte for byte
     difficulty: Literal["easy", "hard"] = "easy"  # easy to try things out, hard to compare losses
 
 
 def split_indices(images: int, rng: Generator) -> dict[str, list[int]]:
-    """Picture indices of train, val and test, 60:20:20, each sorted."""
+    """Image indices of train, val and test, 60:20:20, each sorted."""
     order = rng.permutation(images)
     ends = round(0.6 * images), round(0.8 * images)
     parts = np.split(order, ends)
     return {name: sorted(part.tolist()) for name, part in zip(SPLITS, parts, strict=True)}
 
 
-def object_counts(pictures: int, difficulty: str, rng: Generator) -> np.ndarray:
-    """How many objects each picture of a split gets."""
+def object_counts(images: int, difficulty: str, rng: Generator) -> np.ndarray:
+    """How many objects each image of a split gets."""
     if difficulty == "easy":
-        return rng.integers(1, 7, pictures)
-    counts = np.minimum(1 + rng.geometric(0.2, pictures), 14)
-    counts[rng.permutation(pictures)[: round(EMPTY_SHARE * pictures)]] = 0
+        return rng.integers(1, 7, images)
+    counts = np.minimum(1 + rng.geometric(0.2, images), 14)
+    counts[rng.permutation(images)[: round(EMPTY_SHARE * images)]] = 0
     return counts
 
 
@@ -71,7 +71,7 @@ def class_pool(total: int, difficulty: str) -> list[str]:
 def plan_objects(
     splits: dict[str, list[int]], difficulty: str, rng: Generator
 ) -> dict[int, list[str]]:
-    """Which objects each picture gets: every split its own share of every class."""
+    """Which objects each image gets: every split its own share of every class."""
     plan = {}
     for indices in splits.values():
         counts = object_counts(len(indices), difficulty, rng)
@@ -105,10 +105,10 @@ def annotation_xml(file_name: str, image_hw: tuple[int, int], objects: list[Samp
     return "\n".join([*lines, "</annotation>", ""])
 
 
-def draw_picture(
+def draw_image(
     names: list[str], difficulty: str, rng: Generator
 ) -> tuple[np.ndarray, list[SampleObject], int]:
-    """Returns the picture, (H, W, 3) uint8 RGB, its objects, and the JPEG quality to store."""
+    """Returns the image, (H, W, 3) uint8 RGB, its objects, and the JPEG quality to store."""
     scene = SCENES[difficulty](names, rng)
     image, quality = compose(scene.background, scene.placements), 90
     if difficulty == "hard":
@@ -116,11 +116,11 @@ def draw_picture(
     return np.clip(np.round(image), 0, 255).astype(np.uint8), scene.objects(), quality
 
 
-def write_picture(
-    root: Path, image_id: str, picture: tuple[np.ndarray, list[SampleObject], int]
+def write_image(
+    root: Path, image_id: str, drawn: tuple[np.ndarray, list[SampleObject], int]
 ) -> None:
     """Write the JPEG and its annotation."""
-    image, objects, quality = picture
+    image, objects, quality = drawn
     _, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     (root / "JPEGImages" / f"{image_id}.jpg").write_bytes(data.tobytes())
     xml = annotation_xml(f"{image_id}.jpg", image.shape[:2], objects)
@@ -137,18 +137,18 @@ def write_lists(root: Path, splits: dict[str, list[int]], difficulty: str) -> No
 
 
 def draw_tree(root: Path, *, images: int, seed: int, difficulty: str, progress: bool) -> Counter:
-    """Draw all pictures into a new folder. Returns the number of objects of each class."""
+    """Draw all images into a new folder. Returns the number of objects of each class."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     planner = np.random.default_rng(seed)
     splits = split_indices(images, planner)
     plan = plan_objects(splits, difficulty, planner)
     drawn = Counter()
-    for index in tqdm(range(images), desc="drawing", unit="picture", disable=not progress):
-        # its own generator: a picture does not depend on those drawn before it
-        picture = draw_picture(plan[index], difficulty, np.random.default_rng((seed, index)))
-        write_picture(root, f"{index:06d}", picture)
-        drawn.update(item.name for item in picture[1])
+    for index in tqdm(range(images), desc="drawing", unit="image", disable=not progress):
+        # its own generator: an image does not depend on those drawn before it
+        image = draw_image(plan[index], difficulty, np.random.default_rng((seed, index)))
+        write_image(root, f"{index:06d}", image)
+        drawn.update(item.name for item in image[1])
     write_lists(root, splits, difficulty)
     made = {"images": images, "seed": seed, "difficulty": difficulty}
     (root / MARKER).write_text(json.dumps(made) + "\n", encoding="utf-8")
@@ -169,7 +169,7 @@ def check_replaceable(folder: Path) -> None:
 def check_arguments(images: int, seed: int, difficulty: str) -> None:
     """Raise UserError for a value out of range."""
     if images < MIN_IMAGES:
-        raise UserError(f"--images {images}: give at least {MIN_IMAGES}, a picture for each split.")
+        raise UserError(f"--images {images}: give at least {MIN_IMAGES}, an image for each split.")
     if seed < 0:
         raise UserError(f"--seed {seed}: give 0 or more.")
     if difficulty not in CLASSES:
@@ -209,7 +209,7 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     drawn = make_sample(**dataclasses.asdict(config))
     counts = ", ".join(f"{name} {drawn[name]}" for name in CLASSES[config.difficulty])
-    print(f"{config.out}: {config.images} pictures, {drawn.total()} objects ({counts})")
+    print(f"{config.out}: {config.images} images, {drawn.total()} objects ({counts})")
     print(f"train with: --train {config.out}:train --val {config.out}:val", end=" ")
     print(f"--classes_path {config.out / 'classes.txt'}")
 

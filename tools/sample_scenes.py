@@ -15,7 +15,7 @@ MIN_SHOWN = 0.35  # an object shows at least this share of itself, or it is put 
 DIFFICULT_SHOWN = 0.5  # showing less than this share makes an object difficult
 MIN_PIXELS = 14  # fewer visible pixels are no object
 DIFFICULT_SIDE = 7  # a box whose longer side is below this is difficult
-TRIES = 60  # then the picture is full; in 600 pictures no object was left out
+TRIES = 60  # then the image is full; in 600 images no object was left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class SampleObject:
     difficult: bool
 
 
-def clip_to_picture(placement: Placement, image_hw: tuple[int, int]) -> tuple[tuple, tuple]:
-    """Slices (rows, columns) of the picture that a sprite covers, and those of the sprite."""
+def clip_to_image(placement: Placement, image_hw: tuple[int, int]) -> tuple[tuple, tuple]:
+    """Slices (rows, columns) of the image that a sprite covers, and those of the sprite."""
     inside, own = [], []
     starts = (placement.top, placement.left)
     for start, length, limit in zip(starts, placement.sprite.alpha.shape, image_hw, strict=True):
@@ -60,7 +60,7 @@ class Scene:
 
     def try_place(self, placement: Placement, min_shown: float) -> bool:
         """Put a sprite on top, unless it or one below would then show less than `min_shown`."""
-        inside, own = clip_to_picture(placement, self.owner.shape)
+        inside, own = clip_to_image(placement, self.owner.shape)
         mask = placement.sprite.mask[own]
         if mask.sum() < max(MIN_PIXELS, min_shown * placement.sprite.mask.sum()):
             return False
@@ -74,7 +74,7 @@ class Scene:
         return True
 
     def shown(self, index: int) -> float:
-        """Share of a sprite's pixels that are inside the picture and not covered."""
+        """Share of a sprite's pixels that are inside the image and not covered."""
         visible = np.count_nonzero(self.owner == index)
         return visible / self.placements[index].sprite.mask.sum() * (visible >= MIN_PIXELS)
 
@@ -87,7 +87,7 @@ class Scene:
             visible = self.owner == index
             rows, columns = (np.flatnonzero(visible.any(axis)) for axis in (1, 0))
             box = tuple(map(int, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
-            _, own = clip_to_picture(placement, self.owner.shape)
+            _, own = clip_to_image(placement, self.owner.shape)
             truncated = bool(placement.sprite.mask[own].sum() < placement.sprite.mask.sum())
             tiny = max(box[2] - box[0], box[3] - box[1]) < DIFFICULT_SIDE
             difficult = bool(tiny or self.shown(index) < DIFFICULT_SHOWN)
@@ -99,21 +99,21 @@ def compose(background: np.ndarray, placements: Sequence[Placement]) -> np.ndarr
     """Lay the sprites over the background, first one lowest. (H, W, 3) float32 in 0..255."""
     image = background.copy()
     for placement in placements:
-        inside, own = clip_to_picture(placement, image.shape[:2])
+        inside, own = clip_to_image(placement, image.shape[:2])
         image[inside] *= 1 - placement.sprite.alpha[own][..., None]
         image[inside] += placement.sprite.rgb[own]
     return image
 
 
-def picture_size(rng: Generator) -> tuple[int, int]:
-    """(height, width): the longer side 320 to 480 pixels, a quarter of the pictures portrait."""
+def image_size(rng: Generator) -> tuple[int, int]:
+    """(height, width): the longer side 320 to 480 pixels, a quarter of the images portrait."""
     long_side = int(rng.integers(320, 481))
     short_side = round(long_side * rng.uniform(0.66, 0.85))
     return (long_side, short_side) if rng.random() < 0.25 else (short_side, long_side)
 
 
 def _overlaps(scene: Scene, placement: Placement) -> bool:
-    """True if the sprite's rectangle, with a small margin, meets another or leaves the picture."""
+    """True if the sprite's rectangle, with a small margin, meets another or leaves the image."""
     height, width = placement.sprite.alpha.shape
     top, left = placement.top - 4, placement.left - 4
     bottom, right = placement.top + height + 4, placement.left + width + 4
@@ -162,8 +162,8 @@ def _place_in_clutter(scene: Scene, name: str, *, whole: bool, rng: Generator) -
 
 
 def landscape_scene(names: Sequence[str], rng: Generator) -> Scene:
-    """An easy picture: a lake under a wide sky, with the named objects apart from each other."""
-    image_hw = picture_size(rng)
+    """An easy image: a lake under a wide sky, with the named objects apart from each other."""
+    image_hw = image_size(rng)
     horizon = round(image_hw[0] * rng.uniform(0.62, 0.76))
     scene = Scene(landscape(rng, image_hw, horizon))
     for name in names:
@@ -172,8 +172,8 @@ def landscape_scene(names: Sequence[str], rng: Generator) -> Scene:
 
 
 def clutter_scene(names: Sequence[str], rng: Generator) -> Scene:
-    """A hard picture: the named objects among look-alikes, some covering others."""
-    scene = Scene(clutter(rng, picture_size(rng)))
+    """A hard image: the named objects among look-alikes, some covering others."""
+    scene = Scene(clutter(rng, image_size(rng)))
     fakes = list(rng.choice(list(CLUTTER), rng.integers(0, 5)))
     things = [(name, True) for name in names] + [(name, False) for name in fakes]
     for index in rng.permutation(len(things)):
@@ -183,7 +183,7 @@ def clutter_scene(names: Sequence[str], rng: Generator) -> Scene:
 
 
 def expose(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """A hard picture as a poor camera sees it: blur, brightness, contrast, sensor noise."""
+    """A hard image as a poor camera sees it: blur, brightness, contrast, sensor noise."""
     if rng.random() < 0.5:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.6))
     image = (image - 128) * rng.uniform(0.6, 1.15) + 128

@@ -29,7 +29,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A convolution (with its BN and activation) or a pool, as run on one picture."""
+    """A convolution (with its BN and activation) or a pool, as run on one image."""
 
     name: str
     kind: str
@@ -55,7 +55,7 @@ def meta_model(num_classes: int, *, width: float = 1.0, depth: float = 1.0) -> Y
 
 
 def trace_layers(model: YoloV4, input_shape: tuple[int, int]) -> list[Layer]:
-    """Run a meta model on one picture of (height, width) pixels; its layers in running order."""
+    """Run a meta model on one image of (height, width) pixels; its layers in running order."""
     names = {module: name for name, module in model.named_modules()}
     layers: list[Layer] = []
 
@@ -103,7 +103,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def convolution_flops(layers: list[Layer]) -> int:
-    """Work of one forward pass of one picture: 2 x MAC of the convolutions, as darknet counts."""
+    """Work of one forward pass of one image: 2 x MAC of the convolutions, as darknet counts."""
     return sum(layer.flops for layer in layers)
 
 
@@ -128,11 +128,11 @@ def totals(model: YoloV4, layers: list[Layer], input_shape: tuple[int, int]) -> 
         f"YOLOv4, {model.num_classes} classes, width {model.width}, depth {model.depth}, "
         f"input {input_shape[0]} x {input_shape[1]}\n"
         f"parameters   {count_parameters(model):,}\n"
-        f"work         {convolution_flops(layers) / 1e9:.2f} BFLOPs a picture\n"
+        f"work         {convolution_flops(layers) / 1e9:.2f} BFLOPs an image\n"
         f"weights      {weights:,.0f} MiB in float32\n"
-        f"activations  {activations:,.0f} MiB a picture in float32, kept for the backward pass\n"
-        f"training     about {4 * weights:,.0f} MiB + {activations:,.0f} MiB a picture; "
-        f"with autocast, or on a CPU,\n{'':13}about half as much a picture"
+        f"activations  {activations:,.0f} MiB an image in float32, kept for the backward pass\n"
+        f"training     about {4 * weights:,.0f} MiB + {activations:,.0f} MiB an image; "
+        f"with autocast, or on a CPU,\n{'':13}about half as much an image"
     )
 
 

@@ -31,8 +31,8 @@ def main() -> None:
         f"{recipe} --save_dir {folder}"
     )
     run(f"evaluate.py --weights {folder}/best.pt --data {SAMPLE}:val --save_dir {folder}/val")
-    pictures = some_pictures(folder)
-    run(f"predict.py --weights {folder}/best.pt --source {pictures} --save_dir {folder}/detections")
+    images = some_images(folder)
+    run(f"predict.py --weights {folder}/best.pt --source {images} --save_dir {folder}/detections")
     print(f"\ncurves:     {folder}/loss.png, {folder}/map.png, {folder}/val/precision_recall.png")
     print(f"detections: {folder}/detections")
 
@@ -49,17 +49,17 @@ def run(command: str) -> None:
         sys.exit(status)
 
 
-def some_pictures(folder: Path, count: int = 8) -> Path:
-    """A folder with links to the first validation pictures."""
+def some_images(folder: Path, count: int = 8) -> Path:
+    """A folder with links to the first validation images."""
     names = (SAMPLE / "ImageSets" / "Main" / "val.txt").read_text(encoding="utf-8").split()
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     for name in names[:count]:
         source = SAMPLE / "JPEGImages" / f"{name}.jpg"
         if not source.exists():
             raise UserError(f"{source} is missing. Delete {SAMPLE} and run `make train` again.")
-        (pictures / source.name).write_bytes(source.read_bytes())
-    return pictures
+        (images / source.name).write_bytes(source.read_bytes())
+    return images
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw boxes with names and scores, readable on any background and at any picture size."""
+"""Draw boxes with names and scores, readable on any background and at any image size."""
 
 import colorsys
 import math
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont
-GREY: Colour = (150, 150, 150)  # ignore regions, and the ground of a picture grid
+GREY: Colour = (150, 150, 150)  # ignore regions, and the ground of an image grid
 IGNORED = -1  # class id of an ignore region
 
 # For names in scripts that Pillow's own font lacks: fonts that the common systems come with.
@@ -22,7 +22,7 @@ SYSTEM_FONTS = (
 
 
 def draw_detections(image_rgb: np.ndarray, detections) -> np.ndarray:
-    """A copy of the picture with a Predictor's Detections drawn."""
+    """A copy of the image with a Predictor's Detections drawn."""
     return draw_boxes(
         image_rgb,
         detections.boxes_xyxy,
@@ -39,15 +39,15 @@ def draw_boxes(
     class_names: Sequence[str],
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A copy of an RGB uint8 (H, W, 3) picture with boxes and labels.
+    """A copy of an RGB uint8 (H, W, 3) image with boxes and labels.
 
     boxes_xyxy: (n, 4) pixels, class_ids: (n,) indices into class_names, or -1 for an ignore
     region, drawn dashed and labelled "difficult"; scores: (n,) or None for ground truth.
-    Each class has its own colour, the same in every picture; the highest score lies on top.
+    Each class has its own colour, the same in every image; the highest score lies on top.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image_rgb))
-    drawing = ImageDraw.Draw(picture)
-    line_width, font_size = line_and_font_size(picture.height, picture.width)
+    image = Image.fromarray(np.ascontiguousarray(image_rgb))
+    drawing = ImageDraw.Draw(image)
+    line_width, font_size = line_and_font_size(image.height, image.width)
     ids = np.asarray(class_ids, dtype=int)
     best_first = np.arange(len(ids))
     if scores is not None:
@@ -61,20 +61,20 @@ def draw_boxes(
     ]
     for box, colour in reversed(list(zip(boxes, colours, strict=True))):
         draw_outline(drawing, box, colour, line_width)
-    font = fitting_font(font, texts, picture.width)
-    places = place_labels(boxes, texts, font, picture.size)
+    font = fitting_font(font, texts, image.width)
+    places = place_labels(boxes, texts, font, image.size)
     for place, text, colour in reversed(list(zip(places, texts, colours, strict=True))):
         draw_label(drawing, place, text, colour, font)
-    return np.array(picture)
+    return np.array(image)
 
 
-def picture_grid(images: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
-    """RGB uint8 pictures, row by row in cells of the largest one's size, on grey.
+def image_grid(images: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
+    """RGB uint8 images, row by row in cells of the largest one's size, on grey.
 
-    Raises ValueError if there is no picture or no column.
+    Raises ValueError if there is no image or no column.
     """
     if not images or columns < 1:
-        raise ValueError(f"need pictures and columns, got {len(images)} and {columns}")
+        raise ValueError(f"need images and columns, got {len(images)} and {columns}")
     gap = 4
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
@@ -159,12 +159,12 @@ def place_labels(
     boxes: Sequence[Sequence[float]],
     texts: Sequence[str],
     font: Font,
-    picture_wh: tuple[int, int],
+    image_wh: tuple[int, int],
 ) -> np.ndarray:
     """For each box the place that covers least of the labels before it: (n, 4) whole pixels."""
     places = np.zeros((len(boxes), 4), dtype=int)
     for index, (box, text) in enumerate(zip(boxes, texts, strict=True)):
-        candidates = candidate_places(box, label_size(text, font), picture_wh)
+        candidates = candidate_places(box, label_size(text, font), image_wh)
         places[index] = candidates[overlap(candidates, places[:index]).argmin()]
     return places
 
@@ -177,13 +177,13 @@ def overlap(candidates: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def candidate_places(
-    box: Sequence[float], label_wh: tuple[int, int], picture_wh: tuple[int, int]
+    box: Sequence[float], label_wh: tuple[int, int], image_wh: tuple[int, int]
 ) -> np.ndarray:
-    """(8, 4): above, below and inside the box, left and right, moved into the picture."""
+    """(8, 4): above, below and inside the box, left and right, moved into the image."""
     width, height = label_wh
     x1, y1, x2, y2 = (round(value) for value in box)
-    tops = np.array([y1 - height, y2, y1, y2 - height]).clip(0, max(0, picture_wh[1] - height))
-    lefts = np.array([x1, x2 - width]).clip(0, max(0, picture_wh[0] - width))
+    tops = np.array([y1 - height, y2, y1, y2 - height]).clip(0, max(0, image_wh[1] - height))
+    lefts = np.array([x1, x2 - width]).clip(0, max(0, image_wh[0] - width))
     top, left = np.repeat(tops, 2), np.tile(lefts, 4)
     return np.stack((left, top, left + width, top + height), axis=1)
 

@@ -63,7 +63,7 @@ class VideoReader:
             self._note(f"the file announces {self.frame_count} frames, {frames} could be decoded")
 
     def _open(self) -> cv2.VideoCapture:
-        # The backend is named: left to choose, OpenCV takes "%03d" in a name for a picture series.
+        # The backend is named: left to choose, OpenCV takes "%03d" in a name for an image series.
         capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
         capture.set(cv2.CAP_PROP_ORIENTATION_AUTO, 1)
         return capture

@@ -29,7 +29,7 @@ CUTS = {"137": "top_down_p3", "backbone": "backbone"}  # part of the network -> 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a .weights file says of itself. seen: pictures that it was trained on."""
+    """What a .weights file says of itself. seen: images that it was trained on."""
 
     version: tuple[int, int, int] = (0, 2, 5)
     seen: int = 0
@@ -52,7 +52,7 @@ class Header:
         except struct.error:
             pass
         raise UserError(
-            f"darknet header of version {self.version} with {self.seen} pictures seen: give "
+            f"darknet header of version {self.version} with {self.seen} images seen: give "
             f"three numbers from 0 to {HIGHEST_NUMBER}, and a count from 0 up that fits into "
             "8 bytes, or 4 before version 0.2."
         )
@@ -177,7 +177,7 @@ def save_darknet_weights(
 ) -> None:
     """Write the whole network as a darknet .weights file, in one go.
 
-    version, seen: its header; `seen` counts pictures, from which darknet derives where a training
+    version, seen: its header; `seen` counts images, from which darknet derives where a training
     stands. Raises UserError for a header that cannot be, or if the file cannot be written.
     """
     write_darknet_tensors(model.state_dict(), list(layout_of(model)), path, Header(version, seen))

@@ -71,7 +71,7 @@ def read_weights(
     if is_darknet(start):
         header, tensors = read_darknet_weights(path, network)
         version = ".".join(map(str, header.version))
-        source = f"{path} (darknet {version}, {header.seen:,} pictures seen)"
+        source = f"{path} (darknet {version}, {header.seen:,} images seen)"
         weights = WeightsFile(source, tensors, scale_xy=DARKNET_SCALE_XY, header=header)
     else:
         weights = recognise(read_torch_file(path), path, network)

@@ -22,7 +22,7 @@ class ConfCells(NamedTuple):
     positive: Tensor  # bool
     counted: Tensor  # bool; the others are ignored
     losses: Tensor
-    sizes: list[int]  # cells of a picture at strides 8, 16, 32; their sum is K
+    sizes: list[int]  # cells of an image at strides 8, 16, 32; their sum is K
 
 
 def group_sums(cells: ConfCells, conf: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ class OHEM(nn.Module):
     """BCE over positives and the hardest ratio times as many negatives; 0 elsewhere.
 
     Online hard example mining (Shrivastava et al. 2016) with the ratio 3 of SSD (Liu et al. 2016),
-    over the counted cells of all pictures and scales of this process's batch. A batch without a
-    positive keeps as many negatives as one positive would: pictures without objects teach too.
+    over the counted cells of all images and scales of this process's batch. A batch without a
+    positive keeps as many negatives as one positive would: images without objects teach too.
     """
 
     # Of the .1: a kept cell weighs as in BCE, but the mean is over few cells, nearly all of them

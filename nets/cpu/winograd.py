@@ -30,7 +30,7 @@ class WinogradConv(nn.Module):
         self.register_buffer("bias", conv.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        # Picture by picture: the tiles take four times the memory of the input, and more.
+        # Image by image: the tiles take four times the memory of the input, and more.
         return torch.cat([self._convolve(image) for image in x.split(1)])
 
     def _convolve(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Average precision of a trained detector: python evaluate.py --weights logs/RUN/best.pt
+"""Evaluate a trained detector: python evaluate.py --weights logs/RUN/best.pt
 
-For weights of darknet or the original fork: --weights F --classes_path NAMES --cfg CFG, or without
-a .cfg --anchors_path and --input_shape. What is still missing is said.
+For weights of darknet or of the original fork add --classes_path NAMES --cfg CFG, or --anchors_path
+and --input_shape instead of --cfg. The error message lists the flags to add.
 """
 
 import dataclasses
@@ -21,30 +21,21 @@ from metrics.scoring import Evaluation, format_table
 from utils.distributed import select_device
 from utils.errors import UserError, run_script
 from weights.checkpoint import build_model
-from weights.foreign import file_facts, read_network
+from weights.foreign import FileMetadata, MetadataFlags, read_network
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # Edit here. Every line is also a flag; its comment is the flag's help.
-    weights: str = ""  # best.pt or last.pt of a run, or darknet's .weights, or the fork's .pth
-    data: str = "VOCdevkit/VOC2007:test"  # split to evaluate on, ROOT:SPLIT, several joined by +
-    save_dir: str = ""  # folder for the results; empty: logs/evaluate-<time>
-    device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
-    batch_size: int = 8  # images at a time; halve it on "out of memory"
-    num_workers: int = 2  # processes that read images; 0 reads them in this one
-    skip_bad: bool = False  # go on without broken images and annotations
-    include_difficult: bool = False  # count `difficult` objects; VOC leaves them out
-
-    # For darknet's .weights and the original fork's .pth, which do not say these themselves
-    classes_path: str = ""  # for .weights, .pth: class names, one a line
-    anchors_path: str = ""  # for .weights, .pth: nine anchors, w,h in pixels of the input
-    input_shape: tuple[int, int] | None = None  # for .weights, .pth: height, width of the input
-    # for .weights, .pth: reach of centres; None: .weights 1.2 1.1 1.05, .pth 1 1 1
-    scale_xy: tuple[float, float, float] | None = None
-    cfg: str = ""  # for .weights, .pth: a .cfg instead of anchors_path, input_shape, scale_xy
-    width: float | None = None  # for .weights, .pth: channels against YOLOv4's; None: 1
-    depth: float | None = None  # for .weights, .pth: residual blocks against YOLOv4's; None: 1
+    # Edit the values here, or give them as flags. Each comment is the help text of its flag.
+    weights: str = ""  # best.pt or last.pt of a run, darknet .weights, or the original fork's .pth
+    data: str = "VOCdevkit/VOC2007:test"  # split to evaluate, as ROOT:SPLIT; join several with +
+    save_dir: str = ""  # folder for the results; default: logs/evaluate-<time>
+    device: str = ""  # cpu, cuda or cuda:N; default: CUDA when available
+    batch_size: int = 8  # images per batch
+    num_workers: int = 2  # data loading processes; 0 loads in the main process
+    skip_bad: bool = False  # skip unreadable images and annotations instead of stopping
+    include_difficult: bool = False  # count objects marked difficult, which VOC's metric ignores
+    metadata: MetadataFlags = dataclasses.field(default_factory=FileMetadata)
 
 
 def main() -> None:
@@ -60,7 +51,7 @@ def main() -> None:
             "1 and 0."
         )
     device = select_device(config.device)
-    checkpoint = read_network(config.weights, file_facts(config))
+    checkpoint = read_network(config.weights, config.metadata)
     model = build_model(checkpoint, device)
     folder = Path(config.save_dir or time.strftime("logs/evaluate-%Y%m%d-%H%M%S"))
 
@@ -70,7 +61,7 @@ def main() -> None:
         skip_bad=config.skip_bad,
         include_difficult=config.include_difficult,
         split_dir=folder,
-        classes_path=config.classes_path or config.weights,
+        classes_path=config.metadata.classes_path or config.weights,
         progress=True,
     )
     print(report)

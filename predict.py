@@ -1,7 +1,7 @@
-"""Find objects in images and videos: python predict.py --weights logs/RUN/best.pt --source S
+"""Detect objects in images and videos: python predict.py --weights logs/RUN/best.pt --source S
 
-For weights of darknet or the original fork: --weights F --classes_path NAMES --cfg CFG, or without
-a .cfg --anchors_path and --input_shape. What is still missing is said.
+For weights of darknet or of the original fork add --classes_path NAMES --cfg CFG, or --anchors_path
+and --input_shape instead of --cfg. The error message lists the flags to add.
 """
 
 import dataclasses
@@ -24,33 +24,25 @@ from utils.draw import draw_detections
 from utils.errors import UserError, run_script
 from utils.overlap import Behind, ahead
 from utils.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
-from weights.foreign import file_facts
+from weights.foreign import FileMetadata, MetadataFlags
 
 RECORDS = "detections.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # Edit here. Every line is also a flag; its comment is the flag's help.
-    weights: str = ""  # best.pt or last.pt of a run, or darknet's .weights, or the fork's .pth
-    source: str = ""  # an image, a video file, or a folder of both
-    save_dir: str = ""  # folder for the results; empty: logs/predict-<time>
-    conf_threshold: float | None = None  # lowest score shown; None: the checkpoint's, of best F1
-    class_thresholds: bool = False  # use, instead, each class's own threshold of best F1
-    nms_iou: float = 0.45  # of two boxes of a class that overlap more, only the better is shown
-    device: str = ""  # cpu, cuda or cuda:N; empty: CUDA when it is there
-    amp: str = "auto"  # auto: fp16 on a GPU, off on a CPU; or bf16, fp16, off
-    batch_size: int = 8  # images or frames at a time; halve it on "out of memory"
-
-    # For darknet's .weights and the original fork's .pth, which do not say these themselves
-    classes_path: str = ""  # for .weights, .pth: class names, one a line
-    anchors_path: str = ""  # for .weights, .pth: nine anchors, w,h in pixels of the input
-    input_shape: tuple[int, int] | None = None  # for .weights, .pth: height, width of the input
-    # for .weights, .pth: reach of centres; None: .weights 1.2 1.1 1.05, .pth 1 1 1
-    scale_xy: tuple[float, float, float] | None = None
-    cfg: str = ""  # for .weights, .pth: a .cfg instead of anchors_path, input_shape, scale_xy
-    width: float | None = None  # for .weights, .pth: channels against YOLOv4's; None: 1
-    depth: float | None = None  # for .weights, .pth: residual blocks against YOLOv4's; None: 1
+    # Edit the values here, or give them as flags. Each comment is the help text of its flag.
+    weights: str = ""  # best.pt or last.pt of a run, darknet .weights, or the original fork's .pth
+    source: str = ""  # an image, a video, or a folder of images and videos
+    save_dir: str = ""  # folder for the results; default: logs/predict-<time>
+    # minimum score of a detection; default: the checkpoint's threshold of best F1
+    conf_threshold: float | None = None
+    class_thresholds: bool = False  # use the threshold of best F1 of each class instead
+    nms_iou: float = 0.45  # NMS removes boxes whose IoU with a better box of the class exceeds this
+    device: str = ""  # cpu, cuda or cuda:N; default: CUDA when available
+    amp: str = "auto"  # precision: auto, bf16, fp16 or off; auto is fp16 on a GPU, off on a CPU
+    batch_size: int = 8  # images or video frames per batch
+    metadata: MetadataFlags = dataclasses.field(default_factory=FileMetadata)
 
 
 def main() -> None:
@@ -69,7 +61,7 @@ def main() -> None:
         conf_threshold=config.conf_threshold,
         nms_iou=config.nms_iou,
         class_thresholds=config.class_thresholds,
-        facts=file_facts(config),
+        metadata=config.metadata,
         amp=config.amp,
     )
     folder = results_folder(config.save_dir, config.source)

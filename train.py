@@ -1,4 +1,4 @@
-"""Train YOLOv4 on VOC-format images: edit the constants of Config, or give them as flags."""
+"""Train YOLOv4 on VOC-format images. Edit the constants of Config, or give them as flags."""
 
 import dataclasses
 import inspect
@@ -49,85 +49,95 @@ from utils.errors import UserError, run_script
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # Edit here. Every line is also a flag; its comment is the flag's help.
-    recipe: str = "default"  # default: the values below; fork: the original fork's training
+    # Edit the values here, or give them as flags. Each comment is the help text of its flag.
+    recipe: str = "default"  # default: the values below; fork: the original fork's settings
 
     # Data
-    train: str = "VOCdevkit/VOC2007:train"  # training split, ROOT:SPLIT, several joined by +
-    val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt
-    classes_path: str = "model_data/voc_classes.txt"  # class names, one a line
-    anchors_path: str = ""  # nine w,h in pixels of the input; "": YOLOv4's, fitted to the objects
-    skip_bad: bool = False  # go on without the images that cannot be used
-    include_difficult: bool = False  # learn and count difficult objects like any other
-    cache: bool = False  # keep decoded images in memory
-    cache_gb: float = 2.0  # as many of them as fit into this
-    cache_dir: str = ""  # with --cache: the others in a file here, also for later runs; "": none
+    train: str = "VOCdevkit/VOC2007:train"  # training split as ROOT:SPLIT; join several with +
+    val: str = "VOCdevkit/VOC2007:val"  # validation split as ROOT:SPLIT; selects best.pt
+    classes_path: str = "model_data/voc_classes.txt"  # text file of class names, one per line
+    # text file of nine anchors, w,h in pixels of the network input; default: YOLOv4's anchors,
+    # scaled down for small objects
+    anchors_path: str = ""
+    skip_bad: bool = False  # skip unreadable images and annotations instead of stopping
+    include_difficult: bool = False  # train and evaluate on objects marked difficult
+    cache: bool = False  # cache decoded images in RAM
+    cache_gb: float = 2.0  # RAM limit of --cache in GiB
+    # with --cache: images beyond --cache_gb go to a cache file in this folder, reused by later runs
+    cache_dir: str = ""
 
     # Network
-    weights: str = ""  # start from a checkpoint, darknet's .weights or the fork's .pth; "": scratch
-    weights_classes: str = ""  # class names of --weights where the file does not hold them
-    width: float = 1.0  # channels against YOLOv4's
-    depth: float = 1.0  # residual blocks against YOLOv4's
-    input_shape: tuple[int, int] = (416, 416)  # height, width in pixels; multiples of 32
-    scale_xy: tuple[float, float, float] | None = None  # grid sensitivity; None: from --weights
-    init: str = "kaiming"  # initial weights: kaiming, or normal (the original fork's)
+    weights: str = ""  # pretrained weights: .pt, .pth or darknet .weights; default: from scratch
+    weights_classes: str = ""  # class names of --weights, for .weights and .pth files
+    width: float = 1.0  # channel multiplier; 1 is the full YOLOv4
+    depth: float = 1.0  # multiplier of the number of residual blocks; 1 is the full YOLOv4
+    input_shape: tuple[int, int] = (416, 416)  # height and width in pixels, multiples of 32
+    # grid sensitivity per scale (darknet's scale_x_y); default: 2 2 2, or taken from --weights
+    scale_xy: tuple[float, float, float] | None = None
+    init: str = "kaiming"  # weight initialization: kaiming, or normal (the original fork's)
 
     # Loss
-    focal_loss: bool = False  # weight the confidence BCE by difficulty
-    focal_alpha: float = 0.25  # weight of positives, 1 - alpha for negatives; with --focal_loss
-    focal_gamma: float = 2.0  # how fast easy cells fade; with --focal_loss
-    conf_loss: str = ""  # another confidence loss: name(key=value) or my_file:Class
-    cls_loss: str = "bce"  # class term: bce, focal(gamma=1) or another that looks at one cell
-    box_loss: str = "ciou"  # iou, giou, diou, ciou, siou or eiou
-    label_smoothing: float = 0.0  # class targets y (1 - e) + e / 2
-    assigner: str = "neighbours"  # best_anchor, iou_threshold, neighbours or aligned
-    anchor_threshold: float = 0.213  # iou_threshold: anchors whose shape overlaps more are positive
-    ignore_threshold: float = 0.5  # cells whose box overlaps an object more are no negatives
-    balance: tuple[float, float, float] = (4.0, 1.0, 0.4)  # confidence at strides 8, 16, 32
-    loc_gain: float = 1.0  # weight of the location loss
+    focal_loss: bool = False  # use focal loss for the confidence term
+    focal_alpha: float = 0.25  # with --focal_loss: weight of positives; negatives get 1 - alpha
+    focal_gamma: float = 2.0  # with --focal_loss: focusing parameter; 0 is weighted BCE
+    conf_loss: str = ""  # any confidence loss, as name(key=value) or my_module:Class
+    cls_loss: str = "bce"  # classification loss: bce, focal(gamma=1) or any element-wise loss
+    box_loss: str = "ciou"  # box regression loss: iou, giou, diou, ciou, siou or eiou
+    label_smoothing: float = 0.0  # smoothing e of class targets: y (1 - e) + e / 2
+    # label assignment: best_anchor, iou_threshold, neighbours, aligned
+    assigner: str = "neighbours"
+    # with --assigner iou_threshold: minimum IoU of anchor and object
+    anchor_threshold: float = 0.213
+    # predictions whose IoU with any object exceeds this are ignored, not counted as negatives
+    ignore_threshold: float = 0.5
+    balance: tuple[float, float, float] = (4.0, 1.0, 0.4)  # confidence weight at stride 8, 16, 32
+    loc_gain: float = 1.0  # weight of the box regression loss
     cls_gain: float = 12.0  # weight of the classification loss
-    iou_target: float = 1.0  # objectness target of a positive: 0: 1; 1: the IoU of its box
+    iou_target: float = 1.0  # objectness target of positives: 1 uses the box IoU, 0 uses 1
 
-    # Optimisation
-    epochs: int = 0  # total epochs, including --freeze_epochs; 0: from the number of images
-    patience: int = 0  # stop after so many epochs without a better validation AP50; 0: never
-    batch_size: int = 8  # images a GPU; halve it on "out of memory"
-    accumulate: int = 1  # batches an update
-    freeze_epochs: int = 0  # first epochs with the backbone frozen; needs --weights
-    freeze_batch_size: int = 16  # images a GPU in these epochs
+    # Optimization
+    epochs: int = 0  # total epochs, including --freeze_epochs; 0: chosen from the number of images
+    patience: int = 0  # stop after this many epochs without a better validation AP50; 0: never
+    batch_size: int = 8  # images per GPU
+    accumulate: int = 1  # gradient accumulation: batches per optimizer step
+    freeze_epochs: int = 0  # train this many first epochs with a frozen backbone; needs --weights
+    freeze_batch_size: int = 16  # images per GPU while the backbone is frozen
     optimizer: str = "adamw"  # sgd, adam or adamw
-    lr: float | None = None  # for 64 images an update; scaled, clamped. None: by optimizer
-    momentum: float = 0.937  # of SGD; beta1 of Adam
-    weight_decay: float | None = None  # of convolutions; None: SGD 5e-4, Adam 0, AdamW .05
-    schedule: str = "cosine"  # cosine with warm-up, or step
-    clip_norm: float = 10.0  # longest gradient; 0: no limit
-    ema: bool = True  # evaluate and keep an average of the weights
-    ema_decay: float = 0.9998  # its decay in a long run; shorter memory at the start
-    recompute: bool = False  # compute the backbone's activations twice: less memory, more time
-    amp: str = "auto"  # auto: bf16, or fp16 where the GPU lacks it, off on CPU; or bf16, fp16, off
+    # learning rate at a total batch of 64, scaled with the batch; default: the optimizer's
+    lr: float | None = None
+    momentum: float = 0.937  # momentum of SGD, beta1 of Adam and AdamW
+    # on convolution weights; default: SGD 5e-4, Adam 0, AdamW .05
+    weight_decay: float | None = None
+    schedule: str = "cosine"  # learning rate schedule: cosine with warm-up, or step
+    clip_norm: float = 10.0  # clip the gradient norm to this; 0 disables clipping
+    ema: bool = True  # evaluate and save an exponential moving average of the weights
+    ema_decay: float = 0.9998  # decay of the EMA; ramped up at the start
+    recompute: bool = False  # gradient checkpointing in the backbone: less memory, slower
+    amp: str = "auto"  # mixed precision: auto, bf16, fp16 or off; auto is off on a CPU
 
     # Augmentation
-    repeat_threshold: float = 0.0  # oversample classes in a smaller share of the images; 0: never
+    # oversample images with classes that appear in less than this fraction of the images; 0: off
+    repeat_threshold: float = 0.0
     mosaic_prob: float = 0.5  # probability that a sample is a mosaic of four images
     mixup_prob: float = 0.0  # probability of mixup per mosaic
     strong_share: float = 0.8  # disable mosaic and mixup after this fraction of the epochs
-    scale: tuple[float, float] = (0.5, 1.5)  # size of a single image relative to the input
-    mosaic_scale: tuple[float, float] = (0.6, 1.5)  # size of the images of a mosaic
-    jitter: float = 0.1  # change of aspect ratio
-    flip_prob: float = 0.5  # share of mirrored images
-    hsv: tuple[float, float, float] = (0.015, 0.7, 0.4)  # change of hue, saturation, value
-    multi_scale: float = 0.0  # the input's size changes by up to this share every ten steps; 0: no
+    scale: tuple[float, float] = (0.5, 1.5)  # range of random resizing of a single image
+    mosaic_scale: tuple[float, float] = (0.6, 1.5)  # range of random resizing within a mosaic
+    jitter: float = 0.1  # random change of the aspect ratio, up to this fraction
+    flip_prob: float = 0.5  # probability of a horizontal flip
+    hsv: tuple[float, float, float] = (0.015, 0.7, 0.4)  # maximum hue, saturation, value change
+    multi_scale: float = 0.0  # resize the input every ten steps by up to this fraction; 0: off
 
     # Run
-    device: str = ""  # cpu, cuda or cuda:1; "" takes a GPU when there is one
-    num_workers: int = 4  # processes that load images; 0 loads in this one
-    seed: int = 0  # of weights, order and augmentation
-    deterministic: bool = False  # the same numbers every time, slower on a GPU
-    log_period: int = 10  # steps between looks at the cells; the first of an epoch has one too
+    device: str = ""  # cpu, cuda or cuda:N; default: CUDA when available
+    num_workers: int = 4  # data loading processes; 0 loads in the main process
+    seed: int = 0  # seed of weights, order and augmentation
+    deterministic: bool = False  # bitwise reproducible training; slower on a GPU
+    log_period: int = 10  # log loss and per-scale statistics every N steps
     eval_period: int = 5  # compute validation loss and mAP every N epochs
-    save_period: int = 1  # epochs between last.pt, which is also written every five minutes
-    save_dir: str = ""  # the run's folder, empty or new; "" makes logs/<time>
-    resume: str = ""  # go on with this run: its folder or last.pt
+    save_period: int = 1  # save last.pt every N epochs, and at least every five minutes
+    save_dir: str = ""  # folder of the run, empty or new; default: logs/<time>
+    resume: str = ""  # resume this run: its folder or its last.pt
 
 
 # What a resumed run may be given anew; the rest is what it started with.
@@ -190,16 +200,18 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         if is_main():
             print(f"epochs: {config.epochs}, for {len(train_samples)} images; --epochs sets it")
     recipe = make_recipe(config, device)
-    facts = checkpoint_facts(config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss)
+    metadata = checkpoint_metadata(
+        config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss
+    )
     if is_main():
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
             print(f"note: {note}")
         print(describe_recipe(config.recipe, dataclasses.asdict(config), recipe_values(config)))
-        print(describe(model, loss, recipe, facts=facts, device=device, folder=folder))
+        print(describe(model, loss, recipe, metadata=metadata, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
         print(f"all {config.epochs} epochs are done; --epochs gives more, the schedule follows")
-    run_log = RunLog(folder, facts["config"], last_epoch) if is_main() else nullcontext()
+    run_log = RunLog(folder, metadata["config"], last_epoch) if is_main() else nullcontext()
     with run_log as log:
         trainer = Trainer(
             model=model,
@@ -207,7 +219,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
             train_set=train_set,
             val_samples=val_samples,
             recipe=recipe,
-            facts=facts,
+            metadata=metadata,
             device=device,
             log=log,
             resume=resume,
@@ -334,7 +346,7 @@ def training_set(config: Config, samples: list[Sample]) -> VocDataset:
     return VocDataset(samples, config.input_shape, train=True, augmentation=augmentation, **options)
 
 
-def checkpoint_facts(
+def checkpoint_metadata(
     config: Config,
     class_names: tuple[str, ...],
     *,

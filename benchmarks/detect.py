@@ -37,7 +37,7 @@ from engine.predictor import Predictor
 from tests.reference_loss import ANCHORS
 from utils.errors import UserError, run_script
 from weights.checkpoint import save_checkpoint
-from weights.foreign import FileFacts, as_checkpoint
+from weights.foreign import FileMetadata, as_checkpoint
 
 ENGINES = ("onnxruntime", "openvino")
 IMAGE = "image.jpg"
@@ -211,10 +211,10 @@ def as_predictor(fork: ForkYolo, folder: Path, config: Config) -> Predictor:
     names, anchors = folder / "names.txt", folder / "anchors.txt"
     names.write_text("\n".join(map(str, range(config.num_classes))))
     anchors.write_text("\n".join(f"{w},{h}" for w, h in ANCHORS))
-    facts = FileFacts(
+    metadata = FileMetadata(
         classes_path=str(names), anchors_path=str(anchors), input_shape=config.input_shape
     )
-    save_checkpoint(folder / "fork.pt", as_checkpoint(folder / "fork.pth", facts))
+    save_checkpoint(folder / "fork.pt", as_checkpoint(folder / "fork.pth", metadata))
     return Predictor(
         folder / "fork.pt",
         device=config.device,

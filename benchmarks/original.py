@@ -159,14 +159,14 @@ def measure_row(name: str, row: Row, config: Config, folder: Path) -> dict[str, 
 def original_call(name: str, row: Row, clone: str, folder: Path) -> Callable[[], dict]:
     """Write the inputs; what runs the original on them, in `folder`, where its files are named."""
     row.write_inputs(row.settings, folder)
-    facts = {
+    metadata = {
         "row": name,
         "device": getattr(row.settings, "device", "cpu"),
         "anchors": ANCHORS,
         "threads": torch.get_num_threads(),
     }
     limits = {"lowest": detect.LOWEST, "nms_iou": detect.NMS_IOU}
-    job = json.dumps({**dataclasses.asdict(row.settings), **facts, **limits})
+    job = json.dumps({**dataclasses.asdict(row.settings), **metadata, **limits})
     (folder / "job.json").write_text(job, encoding="utf-8")
     # Our own folder must not come in by PYTHONPATH; the clone is left as it is, without caches.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -59,8 +59,8 @@ def _key(content: Sequence[tuple]) -> str:
     digest = hashlib.sha256(str(VERSION).encode())
     for path, *rest in content:
         status = os.stat(path)
-        facts = (os.path.abspath(path), status.st_size, status.st_mtime_ns, *rest)
-        digest.update(repr(facts).encode())
+        metadata = (os.path.abspath(path), status.st_size, status.st_mtime_ns, *rest)
+        digest.update(repr(metadata).encode())
     return digest.hexdigest()[:16]
 
 

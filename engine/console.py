@@ -21,23 +21,25 @@ def describe(
     loss: nn.Module,
     recipe: Recipe,
     *,
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     device: torch.device,
     folder: Path,
 ) -> str:
     """What is about to be trained, with the numbers that were derived from the constants.
 
-    loss: a YOLOLoss. facts: as the Trainer takes them.
+    loss: a YOLOLoss. metadata: as the Trainer takes them.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     precision = str(recipe.amp_dtype or torch.float32).removeprefix("torch.")
-    network = f"YOLOv4, width {facts['width']}, depth {facts['depth']}, {parameters:,} parameters"
+    network = (
+        f"YOLOv4, width {metadata['width']}, depth {metadata['depth']}, {parameters:,} parameters"
+    )
     lines = [
         f"network: {network}",
-        f"decode: scale_xy {' '.join(map(str, facts['scale_xy']))} at strides 8, 16, 32",
+        f"decode: scale_xy {' '.join(map(str, metadata['scale_xy']))} at strides 8, 16, 32",
         f"device: {world_size()} x {name}, {precision}",
-        f"confidence loss: {facts['conf_loss']} ({loss.conf_settings}, target of a positive: "
+        f"confidence loss: {metadata['conf_loss']} ({loss.conf_settings}, target of a positive: "
         f"{objectness_target(loss.iou_target)})",
         f"{recipe}",
         f"run folder: {folder}",

@@ -20,7 +20,7 @@ from utils.distributed import select_device
 from utils.errors import UserError
 from utils.heap import keep_freed_memory
 from weights.checkpoint import build_model
-from weights.foreign import FileFacts, read_network
+from weights.foreign import FileMetadata, read_network
 
 ImageLike = str | PathLike | np.ndarray | Image.Image
 
@@ -49,7 +49,7 @@ class Predictor:
     kept; None takes the checkpoint's own, which had the best F1 in validation. class_thresholds:
     take, instead, for each class the score at which that class had it. max_score: the highest
     score that the last call saw, below the threshold or not; None before any image. stand_in:
-    the thresholds are the checkpoint's, but no evaluation has measured them. facts: what a file
+    the thresholds are the checkpoint's, but no evaluation has measured them. metadata: what a file
     of another program does not say, such as darknet's or the original fork's. amp: auto (fp16 on
     a GPU, else off), bf16, fp16 or off; of network weights and activations, boxes are float32.
     Evaluation, in training and afterwards, is always in float32: one mAP, whatever the device.
@@ -65,12 +65,12 @@ class Predictor:
         conf_threshold: float | None = None,
         nms_iou: float = 0.45,
         class_thresholds: bool = False,
-        facts: FileFacts | None = None,
+        metadata: FileMetadata | None = None,
         amp: str = "auto",
     ):
         self.device = select_device(str(device or ""))
         self.dtype = detection_dtype(amp, self.device)
-        checkpoint = read_network(weights, facts or FileFacts())
+        checkpoint = read_network(weights, metadata or FileMetadata())
         self.class_names = tuple(checkpoint["class_names"])
         self.class_thresholds: dict[str, float] = {}  # empty: conf_threshold holds for all
         self.stand_in = conf_threshold is None and not is_measured(checkpoint["metrics"])

@@ -35,7 +35,7 @@ SAVE_SECONDS = 300  # last.pt is never older than this
 class Trainer:
     """Trains a model with a loss on a data set and keeps the run's folder.
 
-    facts: what a checkpoint says of network and data (weights/checkpoint.py). log: None on ranks
+    metadata: what a checkpoint says of network and data (weights/checkpoint.py). log: None on ranks
     that write nothing. resume: a checkpoint with training state, whose run goes on where it stood.
     """
 
@@ -47,7 +47,7 @@ class Trainer:
         train_set: VocDataset,
         val_samples: Sequence[Sample],
         recipe: Recipe,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         device: torch.device,
         log: RunLog | None = None,
         resume: Mapping[str, Any] | None = None,
@@ -56,7 +56,7 @@ class Trainer:
             use_fast_mish(model)
         self.model, self.loss, self.device = model, loss, device
         self.train_set, self.val_samples = train_set, val_samples
-        self.recipe, self.facts, self.log = recipe, facts, log
+        self.recipe, self.metadata, self.log = recipe, metadata, log
         self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
         self.optimizer = build_optimizer(
             recipe.optimizer, model, momentum=recipe.momentum, weight_decay=recipe.weight_decay
@@ -71,7 +71,7 @@ class Trainer:
             clip_norm=recipe.clip_norm,
         )
         limit = 30 if recipe.amp_dtype == torch.float16 else 5
-        self.guard = NonFiniteGuard(limit=limit, conf_loss=facts["conf_loss"])
+        self.guard = NonFiniteGuard(limit=limit, conf_loss=metadata["conf_loss"])
         self.figures = EpochFigures(self.guard)
         self.epoch = self.epoch_step = self.global_step = 0  # finished ones
         self.steps = 0  # of the running epoch
@@ -125,7 +125,7 @@ class Trainer:
         states, on_gpu = random_states(), self.device.type == "cuda"
         for phase in self.recipe.phases_to_rehearse(self.epoch, on_gpu=on_gpu):
             self._freeze(phase.frozen)
-            images, targets = blank_batch(phase.batch_size, self.facts["input_shape"])
+            images, targets = blank_batch(phase.batch_size, self.metadata["input_shape"])
             self.step.rehearse(images, targets, self.recipe.largest_input)
         restore_random_states(states)
 
@@ -183,7 +183,7 @@ class Trainer:
     ) -> None:
         """One batch: set the learning rate, learn, take in the figures of the step before."""
         if self.global_step == 0 and self.log is not None:
-            image = batch_image(images, targets, self.facts["class_names"])
+            image = batch_image(images, targets, self.metadata["class_names"])
             self.log.image("train_batch", image, self.global_step)
         self._set_lr(self.epoch + self.epoch_step / steps, phase)
         first = self.epoch_step - self.epoch_step % self.recipe.accumulate
@@ -238,7 +238,7 @@ class Trainer:
                 batch_size=self.recipe.phases[-1].batch_size,
                 num_workers=self.recipe.num_workers,
                 progress=is_main(),
-                **{name: self.facts[name] for name in known},
+                **{name: self.metadata[name] for name in known},
             )
         if self.log is not None:
             self._say(self.log.epoch(self._row(evaluation)))
@@ -263,11 +263,11 @@ class Trainer:
         self.metrics = {**found, "best_AP50": best, "best_epoch": best_epoch}
         if self.log is None:
             return
-        self.log.evaluation(evaluation, self.facts["conf_loss"], self.global_step)
+        self.log.evaluation(evaluation, self.metadata["conf_loss"], self.global_step)
         image = detections_image(
             self.val_samples,
             evaluation.detections,
-            self.facts["class_names"],
+            self.metadata["class_names"],
             self.conf_threshold,
         )
         self.log.image("val_detections", image, self.global_step)
@@ -296,7 +296,7 @@ class Trainer:
 
     def _checkpoint(self) -> dict[str, Any]:
         return {
-            **self.facts,
+            **self.metadata,
             "model": cpu_copy(self._weights().state_dict()),
             "conf_threshold": float(self.conf_threshold),
             "epoch": self.epoch,

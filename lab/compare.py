@@ -31,16 +31,16 @@ REPORT_FLAGS = {"report_only", "losses", "save_dir"}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # Every line is a flag; its comment is the flag's help. All other flags go to train.py.
-    losses: tuple[str, ...] = ("bce", "focal")  # as --conf_loss takes them; all against the first
-    seeds: tuple[int, ...] = (0, 1, 2)  # each loss is trained with each
-    train: str = "VOCdevkit/VOC2007:train"  # training split, ROOT:SPLIT, several joined by +
-    val: str = "VOCdevkit/VOC2007:val"  # validation split, which chooses best.pt
-    test: str = "VOCdevkit/VOC2007:test"  # split that the losses are compared on
-    epochs: int = 300  # of each run
-    save_dir: str = "logs/compare"  # folder of the comparison; the same command goes on there
-    jobs: int = 1  # runs at a time, which share the cores; 1 on a GPU
-    report_only: bool = False  # only write save_dir's reports: of all losses, or of --losses
+    # Each line is a flag and its comment the help text. All other flags are passed to train.py.
+    losses: tuple[str, ...] = ("bce", "focal")  # confidence losses as --conf_loss; first: baseline
+    seeds: tuple[int, ...] = (0, 1, 2)  # train each loss once per seed
+    train: str = "VOCdevkit/VOC2007:train"  # training split as ROOT:SPLIT; join several with +
+    val: str = "VOCdevkit/VOC2007:val"  # validation split as ROOT:SPLIT; selects best.pt
+    test: str = "VOCdevkit/VOC2007:test"  # split on which the losses are compared
+    epochs: int = 300  # total epochs of each run
+    save_dir: str = "logs/compare"  # folder of the comparison; rerun the command to resume it
+    jobs: int = 1  # runs in parallel, sharing the cores; 1 on a GPU
+    report_only: bool = False  # only write the reports of --save_dir
 
 
 def main() -> None:

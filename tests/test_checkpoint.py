@@ -20,7 +20,7 @@ from weights.checkpoint import (
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def facts(**changes):
+def metadata(**changes):
     torch.manual_seed(0)
     model = YoloV4(2, width=0.01, depth=0.01)
     values = {
@@ -42,18 +42,18 @@ def facts(**changes):
 
 def test_a_checkpoint_comes_back_as_it_was_and_is_plain(tmp_path):
     path = tmp_path / "best.pt"
-    save_checkpoint(path, facts())
+    save_checkpoint(path, metadata())
     plain = torch.load(path, weights_only=True)
     assert plain["format_version"] == 1
     read = read_checkpoint(path)
-    assert read["config"] == facts()["config"]
-    for key, value in facts()["model"].items():
+    assert read["config"] == metadata()["config"]
+    for key, value in metadata()["model"].items():
         assert torch.equal(read["model"][key], value), key
     assert list(tmp_path.iterdir()) == [path]  # no temporary file stays
 
 
 def test_the_network_is_rebuilt_with_its_weights_in_eval_mode(tmp_path):
-    save_checkpoint(tmp_path / "best.pt", facts())
+    save_checkpoint(tmp_path / "best.pt", metadata())
     model = build_model(read_checkpoint(tmp_path / "best.pt"), "cpu")
     torch.manual_seed(0)
     expected = YoloV4(2, width=0.01, depth=0.01).eval()
@@ -80,7 +80,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, expected):
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, facts())
+    save_checkpoint(path, metadata())
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(UserError, match="damaged"):
         read_checkpoint(path)
@@ -105,30 +105,30 @@ def test_missing_keys_newer_versions_and_best_for_a_resume_are_told(tmp_path):
     path = tmp_path / "a.pt"
     with pytest.raises(UserError, match="cannot read"):
         read_checkpoint(path)
-    content = facts()
+    content = metadata()
     del content["anchors"]
     save_checkpoint(path, content)
     with pytest.raises(UserError, match="lacks anchors"):
         read_checkpoint(path)
-    save_checkpoint(path, facts(format_version=99))
+    save_checkpoint(path, metadata(format_version=99))
     with pytest.raises(UserError, match="format 99"):
         read_checkpoint(path)
-    save_checkpoint(path, facts())
+    save_checkpoint(path, metadata())
     with pytest.raises(UserError, match=r"Resume from last\.pt"):
         read_checkpoint(path, for_resume=True)
 
 
 def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
-        save_checkpoint(tmp_path / "no" / "last.pt", facts())
+        save_checkpoint(tmp_path / "no" / "last.pt", metadata())
 
 
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, facts(epoch=0))
+    save_checkpoint(path, metadata(epoch=0))
     code = (
         "import sys; from tests.test_checkpoint import *; import itertools\n"
-        "for i in itertools.count(1): save_checkpoint(sys.argv[1], facts(epoch=i)); print(i)"
+        "for i in itertools.count(1): save_checkpoint(sys.argv[1], metadata(epoch=i)); print(i)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True

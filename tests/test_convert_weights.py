@@ -88,7 +88,7 @@ def write_cfg_of(path, num_classes):
 
 @pytest.fixture
 def folder(shelf, tmp_path):
-    """A folder with a checkpoint, and the facts that other kinds of files lack."""
+    """A folder with a checkpoint, and the metadata that other kinds of files lack."""
     for name in ("best.pt", "names.txt", "anchors.txt"):
         shutil.copy(shelf / name, tmp_path)
     return tmp_path
@@ -105,7 +105,7 @@ def darknet_file(path, *, version=(0, 2, 5), seen=SEEN):
     return path
 
 
-def facts_of(folder):
+def metadata_of(folder):
     """What darknet's and the fork's files lack, as flags."""
     paths = ["--classes_path", folder / "names.txt", "--anchors_path", folder / "anchors.txt"]
     return [*SIZE, *paths, "--input_shape", *INPUT_SHAPE]
@@ -115,7 +115,7 @@ def flags_for(source, folder, target=Path("x.pth")):
     """The flags that a conversion of this source needs."""
     if source.suffix == ".pt":
         return []
-    return facts_of(folder) if target.suffix == ".pt" else SIZE
+    return metadata_of(folder) if target.suffix == ".pt" else SIZE
 
 
 def same(first, second):
@@ -175,9 +175,9 @@ def test_a_cfg_that_was_written_says_what_the_checkpoint_says(folder, done):
 
 def test_a_cfg_needs_no_class_names_and_can_be_written_beside_any_kind(folder, done):
     done(darknet_file(folder / "a.weights"), folder / "b.pth", *SIZE)
-    facts = ["--anchors_path", folder / "anchors.txt", "--input_shape", *INPUT_SHAPE]
+    metadata = ["--anchors_path", folder / "anchors.txt", "--input_shape", *INPUT_SHAPE]
     first, second = folder / "c.cfg", folder / "d.cfg"
-    done(folder / "b.pth", folder / "c.weights", *SIZE, *facts, "--cfg_out", first)
+    done(folder / "b.pth", folder / "c.weights", *SIZE, *metadata, "--cfg_out", first)
     done(folder / "b.pth", folder / "d.pth", *SIZE, "--cfg", first, "--cfg_out", second)
     assert first.read_text() == second.read_text()
 
@@ -218,7 +218,7 @@ def test_the_state_of_a_training_stays_behind(folder, done):
 def test_tensors_are_written_once_however_much_of_a_file_they_share(folder, done):
     darknet = darknet_file(folder / "a.weights")
     done(darknet, folder / "a.pth", *SIZE)
-    done(darknet, folder / "a.pt", *facts_of(folder))
+    done(darknet, folder / "a.pt", *metadata_of(folder))
     for name in ("a.pth", "a.pt"):
         assert (folder / name).stat().st_size < 1.2 * darknet.stat().st_size
 
@@ -289,7 +289,7 @@ def test_all_that_a_file_does_not_say_is_named_at_once(folder, convert):
     _, printed = convert(darknet, folder / "b.pth", *SIZE, "--cfg_out", folder / "b.cfg")
     assert missing_flags(printed) == ["--anchors_path", "--input_shape"]
     torch.save(read_checkpoint(folder / "best.pt")["model"], folder / "state.pth")
-    _, printed = convert(folder / "state.pth", folder / "b.pt", *facts_of(folder))
+    _, printed = convert(folder / "state.pth", folder / "b.pt", *metadata_of(folder))
     assert missing_flags(printed) == ["--scale_xy"]
     assert not list(folder.glob("b.*"))
 
@@ -309,7 +309,10 @@ REFUSED = {
     "cfg onto target": (["best.pt", "new.weights", "--cfg_out", "new.weights"], "target itself"),
     "cfg that is there": (["best.pt", "new.weights", "--cfg_out", "a.cfg"], "is there already"),
     "cfg folder": (["best.pt", "new.weights", "--cfg_out", "nowhere/a.cfg"], "no folder"),
-    "facts": (["best.pt", "new.pth", "--cfg", "a.cfg", "--width", 1], "leave --cfg, --width out"),
+    "metadata": (
+        ["best.pt", "new.pth", "--cfg", "a.cfg", "--width", 1],
+        "leave --cfg, --width out",
+    ),
     "scale": (["best.pt", "new.pth", "--scale_xy", 1, 1, 1], "leave --scale_xy out"),
     "width": (["a.weights", "new.pth"], "a darknet file of version 0.2.5 with"),
     "class count": (["a.weights", "new.pth", *SIZE, "--classes_path", "two.txt"], "for 3 classes"),

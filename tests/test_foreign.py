@@ -1,6 +1,5 @@
 import re
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +9,12 @@ from utils.errors import UserError
 from weights.checkpoint import REQUIRED_KEYS, build_model, save_checkpoint
 from weights.darknet import layout_of_cut, save_darknet_weights, size_of
 from weights.darknet_cfg import Cfg, write_cfg
-from weights.foreign import STAND_IN_THRESHOLD, FileFacts, check_scale_xy, file_facts, read_network
+from weights.foreign import (
+    STAND_IN_THRESHOLD,
+    FileMetadata,
+    check_scale_xy,
+    read_network,
+)
 from weights.fork import fork_names
 
 NAMES = ["cat", "Möhre", "猫"]
@@ -48,17 +52,17 @@ def same_network(state):
     return list(state) == list(model.state_dict()) and same(model, state)
 
 
-def facts(folder, **given):
+def metadata(folder, **given):
     """Width and depth, and what is given: paths by their names in the folder."""
     paths = ("classes_path", "anchors_path", "cfg")
     found = {name: str(folder / value) if name in paths else value for name, value in given.items()}
-    return FileFacts(**{**SMALL, **found})
+    return FileMetadata(**{**SMALL, **found})
 
 
-def all_facts(folder, **given):
+def all_metadata(folder, **given):
     shape = {"input_shape": (64, 96)}
     paths = {"classes_path": "names.txt", "anchors_path": "anchors.txt"}
-    return facts(folder, **{**paths, **shape, **given})
+    return metadata(folder, **{**paths, **shape, **given})
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ def all_facts(folder, **given):
 def test_a_file_of_another_program_becomes_the_network_that_it_was_written_from(
     shelf, name, scale_xy
 ):
-    found = read_network(shelf / name, all_facts(shelf))
+    found = read_network(shelf / name, all_metadata(shelf))
     assert set(found) - {"darknet"} == set(REQUIRED_KEYS)
     assert same_network(found["model"])
     assert (found["class_names"], found["input_shape"]) == (NAMES, [64, 96])
@@ -77,27 +81,29 @@ def test_a_file_of_another_program_becomes_the_network_that_it_was_written_from(
 
 
 def test_what_was_read_can_be_saved_as_a_checkpoint_and_keeps_darknets_header(shelf, tmp_path):
-    found = read_network(shelf / "a.weights", all_facts(shelf))
+    found = read_network(shelf / "a.weights", all_metadata(shelf))
     save_checkpoint(tmp_path / "new.pt", found)
-    again = read_network(tmp_path / "new.pt", FileFacts())
+    again = read_network(tmp_path / "new.pt", FileMetadata())
     assert again["darknet"] == {"version": (0, 1, 0), "seen": 9}
     assert same_network(again["model"])
 
 
 @pytest.mark.parametrize("name", ["a.weights", "a.pth", "state.pth"])
 def test_a_flag_counts_more_than_the_cfg_and_that_more_than_the_kind_of_file(shelf, name):
-    cfg = facts(shelf, classes_path="names.txt", cfg="a.cfg")
+    cfg = metadata(shelf, classes_path="names.txt", cfg="a.cfg")
     found = read_network(shelf / name, cfg)
     assert found["anchors"] == [list(pair) for pair in OTHER_ANCHORS]
     assert (found["input_shape"], found["scale_xy"]) == ([64, 96], [1.5, 1.4, 1.3])
     own = {"anchors_path": "anchors.txt", "input_shape": (32, 64), "scale_xy": (2.0, 1.0, 1.0)}
-    found = read_network(shelf / name, facts(shelf, classes_path="names.txt", cfg="a.cfg", **own))
+    found = read_network(
+        shelf / name, metadata(shelf, classes_path="names.txt", cfg="a.cfg", **own)
+    )
     assert found["anchors"] == [[float(w), float(h)] for w, h in ANCHORS]
     assert (found["input_shape"], found["scale_xy"]) == ([32, 64], [2.0, 1.0, 1.0])
 
 
 def test_a_checkpoint_is_read_as_it_is(shelf):
-    found = read_network(shelf / "best.pt", FileFacts())
+    found = read_network(shelf / "best.pt", FileMetadata())
     assert found["class_names"] == NAMES
     assert same_network(found["model"])
 
@@ -116,7 +122,7 @@ def test_a_checkpoint_is_read_as_it_is(shelf):
 )
 def test_a_fact_beside_a_checkpoint_is_refused_by_its_name(shelf, name, value):
     with pytest.raises(UserError, match=rf"is a checkpoint.* leave --{name} out"):
-        read_network(shelf / "best.pt", FileFacts(**{name: value}))
+        read_network(shelf / "best.pt", FileMetadata(**{name: value}))
 
 
 def missing_flags(error):
@@ -134,9 +140,9 @@ def missing_flags(error):
         ("a.pth", {"classes_path": "names.txt"}, ["--anchors_path", "--input_shape"]),
     ],
 )
-def test_all_facts_that_are_missing_are_named_at_once(shelf, name, given, missing):
+def test_all_metadata_that_are_missing_are_named_at_once(shelf, name, given, missing):
     with pytest.raises(UserError, match="does not say everything") as error:
-        read_network(shelf / name, facts(shelf, **given))
+        read_network(shelf / name, metadata(shelf, **given))
     assert missing_flags(error) == missing
     assert ("--cfg FILE" in str(error.value)) == (missing != ["--classes_path"])
     if "--classes_path" in missing:
@@ -159,9 +165,9 @@ def test_all_facts_that_are_missing_are_named_at_once(shelf, name, given, missin
         ("nothing.weights", {}, "No such file"),
     ],
 )
-def test_facts_that_do_not_fit_the_file_are_refused(shelf, name, given, message):
+def test_metadata_that_do_not_fit_the_file_are_refused(shelf, name, given, message):
     with pytest.raises(UserError, match=message):
-        read_network(shelf / name, all_facts(shelf, **given))
+        read_network(shelf / name, all_metadata(shelf, **given))
 
 
 @pytest.mark.parametrize(
@@ -178,28 +184,26 @@ def test_a_network_with_a_hole_is_not_run(shelf, tmp_path, tensor, message):
     changed = {**state, "spp.before.0.bn.weight": tensor}
     torch.save({k: v for k, v in changed.items() if v is not None}, tmp_path / "holes.pth")
     with pytest.raises(UserError, match=rf"spp\.before\.0\.bn\.weight.*{message}|{message}.*spp"):
-        read_network(tmp_path / "holes.pth", all_facts(shelf, scale_xy=(1.0, 1.0, 1.0)))
+        read_network(tmp_path / "holes.pth", all_metadata(shelf, scale_xy=(1.0, 1.0, 1.0)))
 
 
 def test_tensors_in_half_precision_are_run_in_full(shelf, tmp_path):
     state = small_model(len(NAMES)).half().state_dict()
     torch.save(state, tmp_path / "half.pth")
-    found = read_network(tmp_path / "half.pth", all_facts(shelf, scale_xy=(1.0, 1.0, 1.0)))
+    found = read_network(tmp_path / "half.pth", all_metadata(shelf, scale_xy=(1.0, 1.0, 1.0)))
     assert all(torch.equal(found["model"][name], tensor) for name, tensor in state.items())
     model = build_model(found, "cpu")
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
 
 
-def test_the_knobs_of_a_script_become_facts_and_those_at_rest_are_not_given():
-    rest = {"classes_path": "", "anchors_path": "", "cfg": "", "input_shape": None}
-    config = SimpleNamespace(**rest, scale_xy=None, width=None, depth=0.5, batch_size=3)
-    found = file_facts(config)
-    assert found == FileFacts(depth=0.5)
+def test_given_flags_and_the_scaling_of_the_network():
+    found = FileMetadata(depth=0.5)
     assert (found.given(), found.scaling()) == (["--depth"], {"width": 1.0, "depth": 0.5})
+    assert FileMetadata().given() == []
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_reach_that_no_centre_can_have_is_refused(wrong):
+def test_a_grid_sensitivity_that_is_not_positive_is_refused(wrong):
     check_scale_xy((1.0, 1e-9, 3.0))
     with pytest.raises(UserError, match="scale_xy"):
         check_scale_xy((1.0, 1.0, wrong))

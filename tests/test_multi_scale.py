@@ -190,7 +190,7 @@ def make_trainer(device, phases, optimizer="adam"):
     """A trainer of a small network, without data."""
     torch.manual_seed(0)
     model = YoloV4(2, width=0.02, depth=0.1).to(device, memory_format=torch.channels_last)
-    facts = {"conf_loss": "ghm", "input_shape": [64, 96]}
+    metadata = {"conf_loss": "ghm", "input_shape": [64, 96]}
     recipe = Recipe(phases=phases, optimizer=optimizer, multi_scale=MultiScale((64, 96), 0.5, 0))
     return Trainer(
         model=model,
@@ -198,7 +198,7 @@ def make_trainer(device, phases, optimizer="adam"):
         train_set=None,
         val_samples=[],
         recipe=recipe,
-        facts=facts,
+        metadata=metadata,
         device=device,
     )
 

@@ -44,7 +44,7 @@ def test_eight_images_are_overfitted(tmp_path):
             weight_decay=0,
             eval_period=14,
         ),
-        facts={
+        metadata={
             "class_names": names,
             "conf_loss": "bce",
             "anchors": anchors,

@@ -33,9 +33,9 @@ def save(path, content, **options):
     return path
 
 
-def checkpoint(network, **facts):
+def checkpoint(network, **metadata):
     state = {"format_version": FORMAT_VERSION, "model": network.state_dict(), "epoch": 7, **SMALL}
-    return {**state, **facts}
+    return {**state, **metadata}
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -92,9 +92,9 @@ def test_outputs_of_the_same_classes_in_another_order_are_carried_over_by_name(t
 
 def test_what_the_weights_were_trained_with_is_reported(tmp_path):
     donor = small_model()
-    facts = {"scale_xy": [1.0, 1.5, 2.0], "anchors": [[1.0, 2.0]] * 9}
-    report = load_weights(donor, save(tmp_path / "w.pt", checkpoint(donor, **facts)))
-    assert (report.scale_xy, report.anchors) == ((1.0, 1.5, 2.0), facts["anchors"])
+    metadata = {"scale_xy": [1.0, 1.5, 2.0], "anchors": [[1.0, 2.0]] * 9}
+    report = load_weights(donor, save(tmp_path / "w.pt", checkpoint(donor, **metadata)))
+    assert (report.scale_xy, report.anchors) == ((1.0, 1.5, 2.0), metadata["anchors"])
     report = load_weights(donor, save(tmp_path / "w.pt", donor.state_dict()))
     assert (report.scale_xy, report.anchors) == (None, None)
 
@@ -253,9 +253,11 @@ def test_a_checkpoint_of_a_newer_format_is_refused_with_both_versions(tmp_path):
     assert_refused(save(tmp_path / "w.pt", newer), f"format {FORMAT_VERSION + 1}.*up to")
 
 
-@pytest.mark.parametrize("facts", [{"format_version": "x"}, {"format_version": 0}, {"model": None}])
-def test_a_checkpoint_without_format_or_model_is_refused(tmp_path, facts):
-    assert_refused(save(tmp_path / "w.pt", checkpoint(small_model(), **facts)), "damaged")
+@pytest.mark.parametrize(
+    "metadata", [{"format_version": "x"}, {"format_version": 0}, {"model": None}]
+)
+def test_a_checkpoint_without_format_or_model_is_refused(tmp_path, metadata):
+    assert_refused(save(tmp_path / "w.pt", checkpoint(small_model(), **metadata)), "damaged")
 
 
 def test_weights_of_a_training_that_diverged_are_refused(tmp_path):
@@ -266,24 +268,24 @@ def test_weights_of_a_training_that_diverged_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts",
+    "metadata",
     [
         *({"scale_xy": value} for value in (None, 5, [1.0], [1.0, float("nan"), 1.0], ["a"] * 3)),
         *({"darknet": value} for value in (3, [1], {"version": [0, 2, 5]})),
     ],
 )
-def test_a_checkpoint_with_strange_facts_is_refused(tmp_path, facts):
-    path = save(tmp_path / "w.pt", checkpoint(small_model(), **facts))
-    assert_refused(path, "strange facts: damaged")
+def test_a_checkpoint_with_strange_metadata_is_refused(tmp_path, metadata):
+    path = save(tmp_path / "w.pt", checkpoint(small_model(), **metadata))
+    assert_refused(path, "strange metadata: damaged")
 
 
 @pytest.mark.parametrize("metadata", [{"scale_xy": 5}, {"scale_xy": ["a"] * 3}, {"darknet": [1]}])
-def test_a_pth_with_strange_facts_is_refused(tmp_path, metadata):
+def test_a_pth_with_strange_metadata_is_refused(tmp_path, metadata):
     state = small_model().state_dict()
     names = fork_names(state)
     fork = OrderedDict((names[name], tensor) for name, tensor in state.items())
     fork._metadata = metadata
-    assert_refused(save(tmp_path / "w.pth", fork), "strange facts: damaged")
+    assert_refused(save(tmp_path / "w.pth", fork), "strange metadata: damaged")
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def test_a_network_for_detection_has_it_where_it_gains_and_computes_the_same(
     torch.manual_seed(0)
     network = YoloV4(2, depth=0.1).eval()
     names = ("0", "1")
-    facts = {"class_names": names, "width": 1.0, "depth": 0.1, "model": network.state_dict()}
-    built = build_model(facts, "cpu")
+    metadata = {"class_names": names, "width": 1.0, "depth": 0.1, "model": network.state_dict()}
+    built = build_model(metadata, "cpu")
     layers = [module for module in built.modules() if isinstance(module, WinogradConv)]
     shapes = {tuple(layer.weight.shape[1:]) for layer in layers}
     assert not any(tensor.requires_grad for tensor in (*built.parameters(), *built.buffers()))

@@ -37,11 +37,11 @@ from weights.darknet import (
 )
 from weights.darknet_cfg import Cfg, write_cfg
 from weights.foreign import (
-    FileFacts,
+    FileMetadata,
+    MetadataFlags,
     as_checkpoint,
     complete,
-    file_facts,
-    known_facts,
+    known_metadata,
     read_own,
     structure,
 )
@@ -54,22 +54,14 @@ SUFFIXES = {".weights": "darknet", ".pth": "original fork", ".pt": "checkpoint"}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # Every line is a flag; its comment is the flag's help.
-    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]  # weights of any kind
-    # new file: .weights is darknet's, .pth the original fork's, .pt a checkpoint of this project
+    # Each line is a flag; its comment is the help text.
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]  # weights file of any format
+    # new file, format by suffix: .weights darknet, .pth original fork, .pt this project
     target: Positional[Annotated[Path, arg(metavar="TARGET")]]
-    part: Literal["whole", "137", "backbone"] = "whole"  # 137: all but the heads, to start others
+    part: Literal["whole", "137", "backbone"] = "whole"  # 137: everything but the heads
     cfg_out: Path | None = None  # also write a darknet .cfg, which darknet and OpenCV need
 
-    # For a source of darknet or the original fork, which does not say these itself
-    classes_path: str = ""  # source .weights, .pth: class names, one a line
-    anchors_path: str = ""  # source .weights, .pth: nine anchors, w,h in pixels of the input
-    input_shape: tuple[int, int] | None = None  # source .weights, .pth: height, width of the input
-    # source .weights, .pth: reach of centres; None: .weights 1.2 1.1 1.05, .pth 1 1 1
-    scale_xy: tuple[float, float, float] | None = None
-    cfg: str = ""  # source .weights, .pth: a .cfg instead of anchors_path, input_shape, scale_xy
-    width: float | None = None  # source .weights, .pth: channels against YOLOv4's; None: 1
-    depth: float | None = None  # source .weights, .pth: residual blocks against YOLOv4's; None: 1
+    metadata: MetadataFlags = dataclasses.field(default_factory=FileMetadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +83,13 @@ class Source:
 def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     check_paths(config)
-    facts = file_facts(config)
-    source = cut(read_source(config.source, facts), config.part)
-    cfg = describe_cfg(source, facts) if config.cfg_out else None  # before anything is written
+    metadata = config.metadata
+    source = cut(read_source(config.source, metadata), config.part)
+    cfg = describe_cfg(source, metadata) if config.cfg_out else None  # before anything is written
     if config.target.suffix == ".pt":
         if config.part != "whole":
             raise UserError(f"{config.target}: a checkpoint is whole; give .weights or .pth.")
-        write_checkpoint(source.checkpoint or as_checkpoint(config.source, facts), config.target)
+        write_checkpoint(source.checkpoint or as_checkpoint(config.source, metadata), config.target)
     elif config.target.suffix == ".pth":
         write_fork(source, config.target)
     else:
@@ -126,12 +118,12 @@ def check_paths(config: Config) -> None:
         raise UserError(f"--cfg_out {config.cfg_out} is the target itself. Give another name.")
 
 
-def read_source(path: Path, facts: FileFacts) -> Source:
+def read_source(path: Path, metadata: FileMetadata) -> Source:
     """Read the weights, for a network of as many classes as they have. Raises UserError."""
-    checkpoint = read_own(path, facts) or {}
-    scaling = facts.scaling()
+    checkpoint = read_own(path, metadata) or {}
+    scaling = metadata.scaling()
     scaling |= {key: checkpoint[key] for key in scaling if key in checkpoint}
-    names = read_class_names(facts.classes_path) if facts.classes_path else None
+    names = read_class_names(metadata.classes_path) if metadata.classes_path else None
     weights = read_weights(path, structure(1, **scaling), class_names=names)
     network = structure(weights.num_classes or 1, **scaling)
     report = match(network.state_dict(), weights, None)
@@ -143,7 +135,7 @@ def read_source(path: Path, facts: FileFacts) -> Source:
         network=network,
         tensors=tensors,
         checkpoint=checkpoint,
-        scale_xy=known_facts(weights, facts)["scale_xy"],
+        scale_xy=known_metadata(weights, metadata)["scale_xy"],
         left_out=[name for name in weights.tensors if name not in tensors],
     )
 
@@ -161,11 +153,11 @@ def cut(source: Source, part: str) -> Source:
     return dataclasses.replace(source, weights=weights, tensors=tensors, scale_xy=None)
 
 
-def describe_cfg(source: Source, facts: FileFacts) -> Cfg:
+def describe_cfg(source: Source, metadata: FileMetadata) -> Cfg:
     """What the .cfg says besides the structure."""
     if source.weights.num_classes is None:
         raise UserError(f"{source.weights.source}: part of a network, for which there is no .cfg.")
-    known = source.checkpoint or complete(source.weights, facts, classes=False)
+    known = source.checkpoint or complete(source.weights, metadata, classes=False)
     return Cfg(
         num_classes=source.weights.num_classes,
         anchors=tuple(map(tuple, known["anchors"])),

@@ -4,9 +4,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from data.voc import read_class_names
@@ -40,20 +41,20 @@ WANTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class FileFacts:
-    """What a weights file of another program does not say, as flags; None or "": not given.
+class FileMetadata:
+    """Only for darknet's .weights and the original fork's .pth, which lack this information."""
 
-    scale_xy is known for darknet's files and the original fork's, and counts there when given.
-    cfg: a darknet .cfg, which says anchors_path, input_shape and scale_xy at once.
-    """
-
-    classes_path: str = ""
+    classes_path: str = ""  # .weights and .pth only: text file of class names, one per line
+    # .weights and .pth only: text file of nine anchors, w,h in pixels of the network input
     anchors_path: str = ""
+    # .weights and .pth only: height and width of the network input
     input_shape: tuple[int, int] | None = None
+    # .weights and .pth only: grid sensitivity per scale; default: 1.2 1.1 1.05 and 1 1 1
     scale_xy: tuple[float, float, float] | None = None
+    # .weights and .pth only: darknet .cfg; replaces --anchors_path, --input_shape, --scale_xy
     cfg: str = ""
-    width: float | None = None  # None: 1.0
-    depth: float | None = None
+    width: float | None = None  # .weights and .pth only: channel multiplier; default: 1
+    depth: float | None = None  # .weights and .pth only: residual block multiplier; default: 1
 
     def given(self) -> list[str]:
         """The flags that were given."""
@@ -65,32 +66,30 @@ class FileFacts:
         return {name: 1.0 if value is None else value for name, value in values.items()}
 
 
-def file_facts(config: Any) -> FileFacts:
-    """The facts among the knobs of a script's Config."""
-    names = [field.name for field in dataclasses.fields(FileFacts)]
-    return FileFacts(**{name: getattr(config, name) for name in names})
+# As a field of a script's Config: its own group of flags, without a prefix.
+MetadataFlags = Annotated[FileMetadata, tyro.conf.arg(name="")]
 
 
-def read_network(path: str | Path, facts: FileFacts) -> dict[str, Any]:
+def read_network(path: str | Path, metadata: FileMetadata) -> dict[str, Any]:
     """A checkpoint of ours, or another program's weights as one; for evaluation and detection.
 
-    Raises UserError if the file cannot be used, if facts are missing, or if they are given for a
+    Raises UserError if the file cannot be used, if metadata are missing, or if they are given for a
     checkpoint, which says them itself.
     """
-    return read_own(path, facts) or as_checkpoint(path, facts)
+    return read_own(path, metadata) or as_checkpoint(path, metadata)
 
 
-def read_own(path: str | Path, facts: FileFacts) -> dict[str, Any] | None:
+def read_own(path: str | Path, metadata: FileMetadata) -> dict[str, Any] | None:
     """A checkpoint of ours; None for a file of another kind. Raises as `read_network`."""
     if is_darknet(read_start(path)):
         return None
     content = read_torch_file(path)
     if not isinstance(content, dict) or "format_version" not in content:
         return None
-    if facts.given():
+    if metadata.given():
         raise UserError(
             f"{path} is a checkpoint, which says itself what it needs: leave "
-            f"{', '.join(facts.given())} out, meant for files of other programs."
+            f"{', '.join(metadata.given())} out, meant for files of other programs."
         )
     checkpoint = read_checkpoint(path)
     tensors = checkpoint["model"].items()
@@ -98,17 +97,17 @@ def read_own(path: str | Path, facts: FileFacts) -> dict[str, Any] | None:
     return checkpoint
 
 
-def as_checkpoint(path: str | Path, facts: FileFacts) -> dict[str, Any]:
+def as_checkpoint(path: str | Path, metadata: FileMetadata) -> dict[str, Any]:
     """Another program's whole network in the form of a checkpoint. Raises as `read_network`."""
-    scaling = facts.scaling()
+    scaling = metadata.scaling()
     weights = read_weights(path, structure(1, **scaling))
     if weights.num_classes is None:
         raise UserError(
             f"{weights.source}: part of a network, without outputs. A training can start from it "
             f"(train.py --weights {path}); it cannot detect."
         )
-    known = complete(weights, facts)
-    class_names = read_class_names(facts.classes_path)
+    known = complete(weights, metadata)
+    class_names = read_class_names(metadata.classes_path)
     weights = with_classes(weights, class_names)
     return {
         "model": fitting_tensors(weights, structure(len(class_names), **scaling)),
@@ -130,25 +129,25 @@ def structure(num_classes: int, *, width: float, depth: float) -> YoloV4:
         return YoloV4(num_classes, width=width, depth=depth)
 
 
-def known_facts(weights: WeightsFile, facts: FileFacts) -> dict[str, Any]:
-    """anchors, input_shape and scale_xy, from the facts and the file; None where neither says it.
+def known_metadata(weights: WeightsFile, metadata: FileMetadata) -> dict[str, Any]:
+    """anchors, input_shape and scale_xy from the metadata and the file; None where unknown.
 
-    A flag of its own counts more than the .cfg, and that more than what the kind of file implies.
+    A flag overrides the .cfg, and the .cfg overrides the default of the file format.
     Raises UserError for values that cannot be, and for a .cfg of other weights.
     """
     known = {"anchors": None, "input_shape": None, "scale_xy": weights.scale_xy}
-    if facts.cfg:
-        cfg = read_cfg(facts.cfg, **facts.scaling())
+    if metadata.cfg:
+        cfg = read_cfg(metadata.cfg, **metadata.scaling())
         if weights.num_classes not in (None, cfg.num_classes):
             raise UserError(
-                f"{facts.cfg} is for {cfg.num_classes} classes, {weights.source} holds "
+                f"{metadata.cfg} is for {cfg.num_classes} classes, {weights.source} holds "
                 f"{weights.num_classes}. Give the .cfg that belongs to the weights."
             )
         known = {name: getattr(cfg, name) for name in known}
-    if facts.anchors_path:
-        known["anchors"] = read_anchors(facts.anchors_path)
-    known["input_shape"] = facts.input_shape or known["input_shape"]
-    known["scale_xy"] = facts.scale_xy or known["scale_xy"]
+    if metadata.anchors_path:
+        known["anchors"] = read_anchors(metadata.anchors_path)
+    known["input_shape"] = metadata.input_shape or known["input_shape"]
+    known["scale_xy"] = metadata.scale_xy or known["scale_xy"]
     if known["input_shape"]:
         check_input(torch.Size((1, 3, *known["input_shape"])))
     if known["scale_xy"]:
@@ -166,18 +165,18 @@ def check_scale_xy(scale_xy: Sequence[float]) -> None:
 
 
 def complete(
-    weights: WeightsFile, facts: FileFacts, *, classes: bool = True
+    weights: WeightsFile, metadata: FileMetadata, *, classes: bool = True
 ) -> dict[str, list[Any]]:
     """anchors, input_shape and scale_xy, all known.
 
-    classes: class names are needed too. Raises UserError as `known_facts`, and one that names all
-    the flags that are missing.
+    classes: require class names too. Raises UserError as `known_metadata`, and one that lists all
+    missing flags.
     """
-    known = known_facts(weights, facts)
+    known = known_metadata(weights, metadata)
     missing = [flag for name, flag in WANTED.items() if name in known and not known[name]]
     hint = "\nIts darknet .cfg, if there is one, says all but the names: --cfg FILE"
     hint = hint if missing else ""
-    if classes and not facts.classes_path:
+    if classes and not metadata.classes_path:
         missing.insert(0, WANTED["class_names"].format(weights.num_classes))
     if missing:
         raise UserError(

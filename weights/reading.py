@@ -24,7 +24,7 @@ from weights.fork import BACKBONE, FORK_SCALE_XY, fork_names
 FORMAT_VERSION = 1  # of the checkpoints written; those of a higher version are refused
 ZIP_MAGIC = b"PK"  # torch.save's container
 PICKLE_MAGIC = b"\x80\x02"  # the one before torch 1.6
-STRANGE = (AttributeError, KeyError, TypeError, ValueError)  # what facts of a wrong type raise
+STRANGE = (AttributeError, KeyError, TypeError, ValueError)  # what metadata of a wrong type raise
 PARALLEL = "module."  # the prefix that DataParallel gives to all names
 DARKNET = "darknet"  # where other files keep the header of a .weights file that they come from
 ACCEPTED = (
@@ -162,7 +162,7 @@ def from_fork(
         scale_xy = three_above_0(metadata.get("scale_xy", FORK_SCALE_XY))  # converted: another one
         return WeightsFile(source, tensors, scale_xy=scale_xy, header=header_in(metadata))
     except STRANGE as error:
-        raise UserError(f"{path}: a .pth with strange facts: damaged ({error}).") from None
+        raise UserError(f"{path}: a .pth with strange metadata: damaged ({error}).") from None
 
 
 def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
@@ -175,10 +175,10 @@ def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
         )
     if version != FORMAT_VERSION or not isinstance(content.get("model"), dict):
         raise UserError(f"{path}: a checkpoint without format or model: damaged. {ACCEPTED}")
-    facts = [f"{key} {content[key]}" for key in ("epoch", "width", "depth") if key in content]
+    metadata = [f"{key} {content[key]}" for key in ("epoch", "width", "depth") if key in content]
     try:
         return WeightsFile(
-            source=f"{path} ({', '.join(['checkpoint', *facts])})",
+            source=f"{path} ({', '.join(['checkpoint', *metadata])})",
             tensors=content["model"],
             class_names=content.get("class_names"),
             scale_xy=three_above_0(content["scale_xy"]) if "scale_xy" in content else None,
@@ -186,7 +186,7 @@ def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
             header=header_in(content),
         )
     except STRANGE as error:
-        raise UserError(f"{path}: a checkpoint with strange facts: damaged ({error}).") from None
+        raise UserError(f"{path}: a checkpoint with strange metadata: damaged ({error}).") from None
 
 
 def three_above_0(numbers: Sequence[float]) -> tuple[float, ...]:
@@ -197,11 +197,11 @@ def three_above_0(numbers: Sequence[float]) -> tuple[float, ...]:
     return numbers
 
 
-def header_in(facts: Mapping[str, Any]) -> Header | None:
+def header_in(metadata: Mapping[str, Any]) -> Header | None:
     """The darknet header that a converted file carries along."""
-    if DARKNET not in facts:
+    if DARKNET not in metadata:
         return None
-    return Header(tuple(facts[DARKNET]["version"]), facts[DARKNET]["seen"])
+    return Header(tuple(metadata[DARKNET]["version"]), metadata[DARKNET]["seen"])
 
 
 def with_classes(weights: WeightsFile, class_names: Sequence[str]) -> WeightsFile:

@@ -1,6 +1,7 @@
 import pytest
 
 from utils.errors import UserError, run_script
+from utils.version import __version__
 
 
 def raising(error):
@@ -26,3 +27,9 @@ def test_an_interrupted_script_has_status_130(capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(raising(KeyboardInterrupt()))
     assert stop.value.code == 130
+
+
+def test_every_script_prints_its_version(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--version"])
+    run_script(raising(AssertionError("main ran")))
+    assert capsys.readouterr().out == f"{__version__}\n"

@@ -1,18 +1,26 @@
-"""One kind of error for everything that a user can mend."""
+"""One kind of error for everything that a user can fix, and the frame of every script."""
 
 import sys
 from collections.abc import Callable, Sequence
 
+from utils.version import __version__
+
 
 class UserError(ValueError):
-    """Something that the user can mend: its message says what, where and how.
+    """Something that the user can fix: the message states what is wrong, where, and how to fix it.
 
     The scripts print the message alone and exit with status 2.
     """
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main: a UserError becomes its message on stderr and exit status 2."""
+    """Run a script's main. A UserError becomes its message on stderr and exit status 2.
+
+    --version prints the version instead.
+    """
+    if "--version" in sys.argv[1:]:
+        print(__version__)
+        return
     try:
         main()
     except UserError as error:

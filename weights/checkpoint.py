@@ -11,6 +11,7 @@ from nets.fold import fold_batch_norm
 from nets.yolo import YoloV4
 from utils.errors import UserError
 from utils.files import replacing
+from utils.version import __version__
 from weights.reading import FORMAT_VERSION, from_checkpoint, read_torch_file
 
 REQUIRED_KEYS = (
@@ -23,7 +24,8 @@ RESUME_KEYS = ("raw_model", "ema", "optimizer", "scaler", "schedule", "loss", "r
 def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
     """Write a checkpoint in one go: a crash leaves the old file or the new one."""
     with replacing(path) as file:
-        torch.save({"format_version": FORMAT_VERSION, **checkpoint}, file)
+        versions = {"format_version": FORMAT_VERSION, "version": __version__}
+        torch.save({**versions, **checkpoint}, file)
 
 
 def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, Any]:

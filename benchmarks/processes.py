@@ -6,7 +6,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run_json(command: Sequence[object], **options: Any) -> dict[str, float]:
     """What a command prints last, JSON. options: of subprocess.run."""
-    command = [str(part) for part in command]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    words = [str(part) for part in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     if done.returncode:
-        raise UserError(f"{shlex.join(command)} failed:\n{done.stderr}")
+        raise UserError(f"{shlex.join(words)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -55,7 +55,7 @@ def run_in_turn(module: str, config: Any, variants: tuple[str, ...]) -> dict[str
     return call_in_turn(calls, config.rounds)
 
 
-def call_in_turn(calls: dict[str, Callable[[], dict]], rounds: int) -> dict[str, list[dict]]:
+def call_in_turn(calls: Mapping[str, Callable[[], dict]], rounds: int) -> dict[str, list[dict]]:
     """What each call gives, `rounds` times, in turn."""
     found: dict[str, list[dict]] = {name: [] for name in calls}
     for _ in range(rounds):

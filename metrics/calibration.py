@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 DEFAULT_THRESHOLD = 0.5  # where no threshold finds anything true
 CALIBRATION_BINS = 10  # equally wide in score
@@ -32,7 +33,7 @@ class OperatingPoint(NamedTuple):
 
 
 def best_f1_threshold(
-    scores: Sequence[float], is_true_positive: Sequence[bool], num_ground_truth: int
+    scores: ArrayLike, is_true_positive: ArrayLike, num_ground_truth: int
 ) -> OperatingPoint:
     """The score at which F1 = 2 TP / (detections + ground truth) is highest.
 
@@ -41,17 +42,17 @@ def best_f1_threshold(
     fewest detections. With no true positive there is nothing to choose by: (0.5, 0, 0, 0).
     Raises ValueError when the lengths disagree.
     """
-    scores, hits = _arrays(scores, is_true_positive)
+    values, hits = _arrays(scores, is_true_positive)
     if not hits.any():
         return OperatingPoint(DEFAULT_THRESHOLD, 0.0, 0.0, 0.0)
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-values, kind="stable")
     # Equal scores pass a threshold together: only the last of each run can be a cut.
-    cuts = np.flatnonzero(np.diff(scores[order], append=-np.inf))
+    cuts = np.flatnonzero(np.diff(values[order], append=-np.inf))
     true_positives, kept = np.cumsum(hits[order])[cuts], cuts + 1
     f1 = 2 * true_positives / (kept + num_ground_truth)
     best = int(f1.argmax())
     return OperatingPoint(
-        conf_threshold=float(scores[order][cuts[best]]),
+        conf_threshold=float(values[order][cuts[best]]),
         f1=float(f1[best]),
         precision=float(true_positives[best] / kept[best]),
         recall=float(true_positives[best] / num_ground_truth),
@@ -59,15 +60,15 @@ def best_f1_threshold(
 
 
 def operating_point(
-    scores: Sequence[float],
-    is_true_positive: Sequence[bool],
+    scores: ArrayLike,
+    is_true_positive: ArrayLike,
     num_ground_truth: int,
     *,
     conf_threshold: float,
 ) -> OperatingPoint:
     """F1, precision and recall at a given threshold; otherwise as `best_f1_threshold`."""
-    scores, hits = _arrays(scores, is_true_positive)
-    kept = scores >= conf_threshold
+    values, hits = _arrays(scores, is_true_positive)
+    kept = values >= conf_threshold
     true_positives = int((hits & kept).sum())
     if true_positives == 0:
         return OperatingPoint(conf_threshold, 0.0, 0.0, 0.0)
@@ -79,25 +80,23 @@ def operating_point(
     )
 
 
-def reliability(
-    scores: Sequence[float], is_true_positive: Sequence[bool]
-) -> dict[str, list[float]]:
+def reliability(scores: ArrayLike, is_true_positive: ArrayLike) -> dict[str, list[float]]:
     """Per bin of score: "confidence", the mean score, "precision" and "count" of the detections.
 
     scores, is_true_positive: (n,), without ignored detections. CALIBRATION_BINS equal bins from 0
     to 1, of which the first begins at CALIBRATION_FLOOR. Means of empty bins are nan.
     Raises ValueError when the lengths disagree.
     """
-    scores, hits = _arrays(scores, is_true_positive)
-    high = scores >= CALIBRATION_FLOOR
-    scores, hits = scores[high], hits[high]
-    bins = np.minimum((scores * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    sums = [
-        np.bincount(bins, weights, minlength=CALIBRATION_BINS) for weights in (scores, hits, None)
-    ]
-    count = sums.pop()
+    values, hits = _arrays(scores, is_true_positive)
+    high = values >= CALIBRATION_FLOOR
+    values, hits = values[high], hits[high]
+    bins = np.minimum((values * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    count = np.bincount(bins, minlength=CALIBRATION_BINS)
     with np.errstate(invalid="ignore"):
-        confidence, precision = (total / count for total in sums)
+        confidence, precision = (
+            np.bincount(bins, weights, minlength=CALIBRATION_BINS) / count
+            for weights in (values, hits)
+        )
     return {
         "confidence": confidence.tolist(),
         "precision": precision.tolist(),
@@ -117,11 +116,9 @@ def expected_calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
     return sum(gap * count for gap, count in gaps) / total if total else math.nan
 
 
-def _arrays(
-    scores: Sequence[float], is_true_positive: Sequence[bool]
-) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.asarray(scores, dtype=np.float64).reshape(-1)
+def _arrays(scores: ArrayLike, is_true_positive: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
     hits = np.asarray(is_true_positive, dtype=bool).reshape(-1)
-    if len(scores) != len(hits):
-        raise ValueError(f"{len(scores)} scores, but {len(hits)} true-positive flags")
-    return scores, hits
+    if len(values) != len(hits):
+        raise ValueError(f"{len(values)} scores, but {len(hits)} true-positive flags")
+    return values, hits

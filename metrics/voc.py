@@ -52,14 +52,14 @@ def match_detections(
     (m, 4) boxes and (m,) bools. Boxes are xyxy pixels, inclusive: width is xmax - xmin + 1.
     Raises ValueError when lengths disagree or gt_difficult names other images than gt_boxes.
     """
-    scores = np.asarray(scores, dtype=np.float64).reshape(-1)
+    values = np.asarray(scores, dtype=np.float64).reshape(-1)
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
     ids = image_ids.tolist() if hasattr(image_ids, "tolist") else image_ids
-    if not len(ids) == len(scores) == len(boxes):
-        raise ValueError(f"{len(ids)} image ids, {len(scores)} scores and {len(boxes)} boxes")
+    if not len(ids) == len(values) == len(boxes):
+        raise ValueError(f"{len(ids)} image ids, {len(values)} scores and {len(boxes)} boxes")
     truth, image_of = _stack_ground_truth(gt_boxes, gt_difficult)
     images = np.array([image_of.get(name, 0) for name in ids], dtype=np.int64)
-    return _judge(scores, boxes, images, truth, iou_threshold)
+    return _judge(values, boxes, images, truth, iou_threshold)
 
 
 def _judge(

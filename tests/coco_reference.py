@@ -5,15 +5,15 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from pycocotools.coco import COCO  # type: ignore[import-untyped]
+from pycocotools.cocoeval import COCOeval  # type: ignore[import-untyped]
 
 from metrics.coco import ImageTruth
 
 
 def pycocotools_figures(
     detections: Sequence[np.ndarray], ground_truth: Sequence[ImageTruth], num_classes: int
-) -> tuple[float, float, float]:
+) -> tuple[float, ...]:
     """AP, AP50, AP75; arguments as of `coco_average_precision`."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
@@ -31,7 +31,7 @@ def pycocotools_figures(
 
 def coco_dataset(ground_truth: Sequence[ImageTruth], num_classes: int) -> dict:
     """Ground truth as COCO's dictionary; an image's id is its index. See above for the shapes."""
-    annotations = []
+    annotations: list[dict] = []
     for image, (class_ids, boxes_xyxy, difficult) in enumerate(ground_truth):
         for class_id, box, crowd in zip(class_ids, boxes_xyxy, difficult, strict=True):
             left, top, right, bottom = (float(edge) for edge in box)

@@ -1,8 +1,11 @@
 """Backgrounds of the drawn sample: landscapes to look at, and clutter to get lost in."""
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import ArrayLike
 
 from tools.sample_shapes import Colour, arc, hsv
 
@@ -15,7 +18,7 @@ MOODS = (
 )
 
 
-def blend(image: np.ndarray, colour: Colour, weight: np.ndarray) -> None:
+def blend(image: np.ndarray, colour: Sequence[float], weight: np.ndarray) -> None:
     """Mix a colour into (H, W, 3) float32, in place. weight: (H, W) in 0..1."""
     image += weight[..., None] * (np.array(colour, np.float32) - image)
 
@@ -26,7 +29,7 @@ def value_noise(rng: Generator, image_hw: tuple[int, int], cells_hw: tuple[int, 
     return cv2.resize(grid, image_hw[::-1], interpolation=cv2.INTER_CUBIC)
 
 
-def vertical_gradient(top: Colour, bottom: Colour, image_hw: tuple[int, int]) -> np.ndarray:
+def vertical_gradient(top: ArrayLike, bottom: ArrayLike, image_hw: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) float32 from one colour to another."""
     share = np.linspace(0, 1, image_hw[0], dtype=np.float32)[:, None, None]
     row = (1 - share) * np.array(top, np.float32) + share * np.array(bottom, np.float32)
@@ -84,7 +87,7 @@ def _firs(image: np.ndarray, rng: Generator, *, ground: np.ndarray, colour: Colo
         corners = [(x, foot - size), (x - size * 0.3, foot), (x + size * 0.3, foot)]
         fixed = np.round(np.array(corners) * 16).astype(np.int32)  # 4 fractional bits
         cv2.fillPoly(cover, [fixed], 255, cv2.LINE_AA, 4)
-    blend(image, tuple(0.62 * part for part in colour), cover.astype(np.float32) / 255)
+    blend(image, [0.62 * part for part in colour], cover.astype(np.float32) / 255)
 
 
 def landscape(rng: Generator, image_hw: tuple[int, int], horizon: int) -> np.ndarray:

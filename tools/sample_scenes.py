@@ -55,12 +55,13 @@ class Scene:
     def __init__(self, background: np.ndarray):
         """background: (H, W, 3) float32 RGB in 0..255."""
         self.background = background
+        self.image_hw: tuple[int, int] = (background.shape[0], background.shape[1])
         self.placements: list[Placement] = []
-        self.owner = np.full(background.shape[:2], -1, np.int32)
+        self.owner = np.full(self.image_hw, -1, np.int32)
 
     def try_place(self, placement: Placement, min_shown: float) -> bool:
         """Put a sprite on top, unless it or one below would then show less than `min_shown`."""
-        inside, own = clip_to_image(placement, self.owner.shape)
+        inside, own = clip_to_image(placement, self.image_hw)
         mask = placement.sprite.mask[own]
         if mask.sum() < max(MIN_PIXELS, min_shown * placement.sprite.mask.sum()):
             return False
@@ -86,8 +87,8 @@ class Scene:
                 continue
             visible = self.owner == index
             rows, columns = (np.flatnonzero(visible.any(axis)) for axis in (1, 0))
-            box = tuple(map(int, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)))
-            _, own = clip_to_image(placement, self.owner.shape)
+            box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+            _, own = clip_to_image(placement, self.image_hw)
             truncated = bool(placement.sprite.mask[own].sum() < placement.sprite.mask.sum())
             tiny = max(box[2] - box[0], box[3] - box[1]) < DIFFICULT_SIDE
             difficult = bool(tiny or self.shown(index) < DIFFICULT_SHOWN)
@@ -99,7 +100,7 @@ def compose(background: np.ndarray, placements: Sequence[Placement]) -> np.ndarr
     """Lay the sprites over the background, first one lowest. (H, W, 3) float32 in 0..255."""
     image = background.copy()
     for placement in placements:
-        inside, own = clip_to_image(placement, image.shape[:2])
+        inside, own = clip_to_image(placement, (image.shape[0], image.shape[1]))
         image[inside] *= 1 - placement.sprite.alpha[own][..., None]
         image[inside] += placement.sprite.rgb[own]
     return image
@@ -117,14 +118,14 @@ def _overlaps(scene: Scene, placement: Placement) -> bool:
     height, width = placement.sprite.alpha.shape
     top, left = placement.top - 4, placement.left - 4
     bottom, right = placement.top + height + 4, placement.left + width + 4
-    if min(top, left) < 0 or bottom > scene.owner.shape[0] or right > scene.owner.shape[1]:
+    if min(top, left) < 0 or bottom > scene.image_hw[0] or right > scene.image_hw[1]:
         return True
     return bool((scene.owner[top:bottom, left:right] >= 0).any())
 
 
 def _place_in_landscape(scene: Scene, name: str, *, horizon: int, rng: Generator) -> None:
     """Boats float, balloons and kites fly; nothing touches. Smaller after each vain try."""
-    height, width = scene.owner.shape
+    height, width = scene.image_hw
     for attempt in range(TRIES):
         share = 0.09 * (0.42 / 0.09) ** rng.random() * 0.98**attempt
         size = max(0.085, share) * max(height, width)
@@ -146,7 +147,7 @@ def _place_in_landscape(scene: Scene, name: str, *, horizon: int, rng: Generator
 
 def _place_in_clutter(scene: Scene, name: str, *, whole: bool, rng: Generator) -> None:
     """Any size, angle and overlap, as long as enough of everything shows."""
-    height, width = scene.owner.shape
+    height, width = scene.image_hw
     smallest = 0.02 if whole else 0.08  # a smaller look-alike cannot be told from the real thing
     for _ in range(TRIES):
         size = smallest * (0.6 / smallest) ** rng.beta(1.4, 1.5) * max(height, width)

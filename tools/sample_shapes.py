@@ -31,12 +31,18 @@ class Sprite:
 
 def hsv(hue: float, saturation: float, value: float) -> Colour:
     """RGB 0..255 of a hue (any float, the colour circle is 1 long), saturation and value 0..1."""
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    red, green, blue = colorsys.hsv_to_rgb(hue % 1, saturation, value)
+    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def shade(colour: Colour, factor: float) -> Colour:
     """Darker below factor 1, lighter above."""
-    return tuple(min(255, round(part * factor)) for part in colour)
+    red, green, blue = colour
+    return (
+        min(255, round(red * factor)),
+        min(255, round(green * factor)),
+        min(255, round(blue * factor)),
+    )
 
 
 def arc(

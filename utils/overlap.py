@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -12,12 +13,17 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 
     An error of theirs is raised where the item would have come.
     """
-    iterator, end = iter(items), object()
+    iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, iterator, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, iterator, end)
-            yield item
+        coming = pool.submit(_take, iterator)
+        while taken := coming.result():
+            coming = pool.submit(_take, iterator)
+            yield taken[0]
+
+
+def _take(iterator: Iterator[Item]) -> tuple[Item, ...]:
+    """The next item alone in a tuple; an empty one at the end."""
+    return tuple(islice(iterator, 1))
 
 
 class Behind:

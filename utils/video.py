@@ -121,7 +121,7 @@ class VideoWriter:
         return cv2.copyMakeBorder(frame_bgr, 0, bottom, 0, right, cv2.BORDER_REPLICATE)
 
     def _open(self, path: Path) -> cv2.VideoWriter:
-        codec = cv2.VideoWriter_fourcc(*"mp4v")
+        codec = cv2.VideoWriter.fourcc(*"mp4v")
         return cv2.VideoWriter(str(path), cv2.CAP_FFMPEG, codec, self.fps, self.padded_hw[::-1])
 
     def _probe(self) -> None:

@@ -26,7 +26,7 @@ from lab.compare import (
 from lab.lock import folder_lock
 from lab.plan import slug, write_plan
 from losses.conf import CONF_LOSSES, build_conf_loss, conf_settings
-from nets.decode import read_anchors
+from nets.decode import YOLOV4_ANCHORS
 from tests.test_compare_plan import plan
 from utils.errors import UserError
 
@@ -101,8 +101,7 @@ def first_weights(conf_loss):
     model, report = build_network(
         ("a", "b"), width=config.width, depth=config.depth, weights="", weights_classes=""
     )
-    anchors = read_anchors(config.anchors_path)
-    loss = train.build_loss(config, anchors, 2, choose_scale_xy(None, report, None))
+    loss = train.build_loss(config, YOLOV4_ANCHORS, 2, choose_scale_xy(None, report, None))
     set_prior(model, loss.prior_pi, report)
     return model.state_dict(), loss.prior_pi
 
@@ -180,7 +179,7 @@ def test_a_stop_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         carry_out(plan(), tmp_path, jobs=2)
     assert stop.value.code == 130
-    assert "stopped; the same command goes on:\n  python -m tools" in capsys.readouterr().out
+    assert "stopped; the same command goes on:\n  python -m lab" in capsys.readouterr().out
 
 
 def run_main(monkeypatch, *arguments):

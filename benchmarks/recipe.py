@@ -28,21 +28,29 @@ from lab.results import (
 from lab.tables import Table
 from utils.errors import UserError, run_script
 
-# Each is the default with one of its choices taken back, or with another in its place.
+# Each changes the default.
 RECIPES = {
     "default": "",
     "fork": "--recipe fork",
+    # The fork's choices, one at a time
     "best_anchor": "--assigner best_anchor",
-    "iou_threshold": "--assigner iou_threshold",
-    "aligned": "--assigner aligned --ignore_threshold 1",
     "target_1": "--iou_target 0",
     "fork_gains": "--loc_gain 0.05 --cls_gain 1",
+    "fork_anchors": "--anchors_path model_data/yolo_anchors.txt",
     "fork_augmentation": "--scale 0.25 2 --mosaic_scale 0.4 1 --jitter 0.3 --hsv 0.1 0.7 0.4 "
     "--mixup_prob 0.5 --strong_share 0.7",
-    "sgd": "--optimizer sgd --lr 0.1",
+    "mixup": "--mixup_prob 0.5",
+    "sgd": "--optimizer sgd",
+    "batch_4": "--batch_size 4",
+    "normal_init": "--init normal",
+    "no_clip": "--clip_norm 0",
+    # Others
+    "sgd_fast": "--optimizer sgd --lr 0.1",
     "half_rate": "--lr 0.02",
     "double_rate": "--lr 0.08",
     "batch_16": "--batch_size 16",
+    "iou_threshold": "--assigner iou_threshold",
+    "aligned": "--assigner aligned --ignore_threshold 1",
     "mosaic_always": "--mosaic_prob 1",
     "no_mosaic": "--mosaic_prob 0",
     "rare_classes": "--repeat_threshold 0.3",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from data.image import read_image
 from data.letterbox import image_to_letterbox, letterbox, resize
 from data.voc import Sample
-from utils.boxes import cxcywh_to_xyxy
 from utils.draw import draw_boxes, image_grid
 
 MOST_IMAGES = 8
@@ -30,7 +30,7 @@ def batch_image(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> 
     drawn = []
     for index, image in enumerate(images[:MOST_IMAGES]):
         rows = targets[targets[:, 0] == index]
-        boxes_xyxy = (cxcywh_to_xyxy(rows[:, 2:]) * size).numpy()
+        boxes_xyxy = (box_convert(rows[:, 2:], "cxcywh", "xyxy") * size).numpy()
         pixels = resize(image.permute(1, 2, 0).numpy(), (height * zoom, width * zoom))
         drawn.append(draw_boxes(pixels, boxes_xyxy, rows[:, 1].int().numpy(), class_names))
     return image_grid(drawn)

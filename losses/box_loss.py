@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
-from utils.boxes import cxcywh_to_xyxy
 from utils.errors import UserError
 
 EPS = 1e-6
@@ -37,7 +37,8 @@ class _Pair(NamedTuple):
 
 
 def _measure(predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> _Pair:
-    corners1, corners2 = cxcywh_to_xyxy(predicted_cxcywh), cxcywh_to_xyxy(target_cxcywh)
+    corners1 = box_convert(predicted_cxcywh, "cxcywh", "xyxy")
+    corners2 = box_convert(target_cxcywh, "cxcywh", "xyxy")
     top_left = torch.maximum(corners1[..., :2], corners2[..., :2])
     bottom_right = torch.minimum(corners1[..., 2:], corners2[..., 2:])
     inner_w, inner_h = (bottom_right - top_left).clamp(min=0).unbind(-1)

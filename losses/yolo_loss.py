@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from losses.assign import (
     ASSIGNERS,
@@ -21,7 +22,6 @@ from losses.conf.alpha import MeasuredAlpha
 from losses.conf.cells import ConfCells, group_sums
 from losses.conf.focal import Focal
 from nets.decode import STRIDES, decode_grid_boxes, grid_offsets
-from utils.boxes import cxcywh_to_xyxy
 from utils.distributed import sum_over_ranks, world_size
 from utils.errors import UserError
 
@@ -255,7 +255,7 @@ class YOLOLoss(nn.Module):
             edges = (centre - half, centre + half)
             planes = [edge.permute(4, 0, 1, 2, 3).flatten(2) for edge in edges]
             corners.append(torch.cat(planes) * STRIDES[scale])
-        truths_xyxy = cxcywh_to_xyxy(candidates.boxes_grid[0] * STRIDES[0])
+        truths_xyxy = box_convert(candidates.boxes_grid[0] * STRIDES[0], "cxcywh", "xyxy")
         return overlaps_truth(
             torch.cat(corners, dim=2), truths_xyxy, images, threshold=self.ignore_threshold
         )

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from losses import assign as assign_module
 from losses.assign import anchor_overlap, choose_positives, overlaps_truth, place_candidates
 from tests.reference_loss import ANCHORS
-from utils.boxes import pairwise_iou
 
 GRIDS = ((8, 12), (4, 6), (2, 3))  # an input of 64 x 96 pixels
 INPUT_H, INPUT_W = 64, 96
@@ -261,7 +261,7 @@ def test_ignored_cells_are_those_of_pairwise_iou_in_chunks_of_any_size(
     images = torch.randint(0, 2, (25,), generator=generator)  # the last image has none
     found = overlaps_truth(boxes.permute(2, 0, 1), truths, images, threshold=threshold)
     for image in range(3):
-        iou = pairwise_iou(boxes[image], truths[images == image])
+        iou = box_iou(boxes[image], truths[images == image])
         assert torch.equal(found[image], (iou > threshold).any(dim=1))
     assert found[:2].any()
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from torchvision import ops
+from torchvision.ops import box_convert
 
 from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
 from tests.reference_loss import ciou
-from utils.boxes import cxcywh_to_xyxy
 from utils.errors import UserError
 
 EVERY = pytest.mark.parametrize("kind", sorted(BOX_LOSSES))
@@ -31,13 +31,15 @@ def random_boxes(seed, count=200):
 )
 def test_values_equal_torchvision(kind, function):
     boxes, truths = random_boxes(0), random_boxes(1)
-    expected = function(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truths))
+    expected = function(box_convert(boxes, "cxcywh", "xyxy"), box_convert(truths, "cxcywh", "xyxy"))
     torch.testing.assert_close(box_loss(kind, boxes, truths), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_iou_equals_the_diagonal_of_torchvisions():
     boxes, truths = random_boxes(0), random_boxes(1)
-    expected = ops.box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truths)).diagonal()
+    expected = ops.box_iou(
+        box_convert(boxes, "cxcywh", "xyxy"), box_convert(truths, "cxcywh", "xyxy")
+    ).diagonal()
     torch.testing.assert_close(paired_iou(boxes, truths), expected)
     torch.testing.assert_close(box_loss("iou", boxes, truths), 1 - expected)
 

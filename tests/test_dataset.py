@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
 
 from data.augment import Augmentation, LabelledImage
 from data.dataset import VocDataset, collate, init_worker
@@ -9,7 +10,6 @@ from data.sampler import EpochBatchSampler
 from data.voc import read_split
 from tests.factory import add_image, coloured_boxes, write_split
 from tests.test_augment import COLOURS, PLAIN, assert_boxes_lie_on_their_colours
-from utils.boxes import cxcywh_to_xyxy
 from utils.errors import UserError
 
 CLASSES = [f"class{i}" for i in range(8)]
@@ -36,7 +36,9 @@ def as_image(item):
     """An item as the image that `assert_boxes_lie_on_their_colours` takes."""
     image, targets = item
     height, width = image.shape[1:]
-    boxes = cxcywh_to_xyxy(targets[:, 1:]) * torch.tensor([width, height, width, height])
+    boxes = box_convert(targets[:, 1:], "cxcywh", "xyxy") * torch.tensor(
+        [width, height, width, height]
+    )
     return LabelledImage(
         image.permute(1, 2, 0).numpy(), boxes.numpy(), targets[:, 0].long().numpy()
     )
@@ -108,7 +110,7 @@ def test_boxes_stay_inside_the_input_and_wider_than_a_pixel(samples):
     for epoch in range(15):
         dataset.set_epoch(epoch)
         targets = torch.cat([dataset[i][1] for i in range(6)])
-        corners = cxcywh_to_xyxy(targets[:, 1:])
+        corners = box_convert(targets[:, 1:], "cxcywh", "xyxy")
         assert corners.min() > -1e-6
         assert corners.max() < 1 + 1e-6
         assert (targets[:, 3] * 96 > 0.999).all()

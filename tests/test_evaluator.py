@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import box_convert
 
 from data.letterbox import image_to_letterbox
 from data.voc import scan_split
@@ -18,7 +19,6 @@ from metrics.evaluator import evaluate, evaluating, forward_batches
 from metrics.scoring import format_table
 from nets.decode import STRIDES, read_anchors
 from tests.factory import add_image, write_split
-from utils.boxes import xyxy_to_cxcywh
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,7 +68,7 @@ def raw_maps(images, objectness=8.0):
     ]
     for image, boxes in enumerate(images):
         for box_xyxy, class_id in boxes:
-            cx, cy, w, h = xyxy_to_cxcywh(box_xyxy).tolist()
+            cx, cy, w, h = box_convert(box_xyxy, "xyxy", "cxcywh").tolist()
             level, anchor = 1, class_id
             column, row = int(cx / 16), int(cy / 16)
             s = SETTINGS["scale_xy"][level]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from metrics.nms import non_max_suppression
-from utils.boxes import pairwise_iou
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,7 +21,7 @@ def plain_nms(cells, conf_threshold, nms_iou, max_candidates=3000, max_detection
     kept = []
     for k in order[:max_candidates]:
         rivals = [j for j in kept if class_id[j] == class_id[k]]
-        iou = pairwise_iou(cells[k : k + 1, :4].double(), cells[rivals, :4].double())
+        iou = box_iou(cells[k : k + 1, :4].double(), cells[rivals, :4].double())
         if not (iou > nms_iou).any():
             kept.append(k)
     rows = [[*cells[k, :4].tolist(), score[k].item(), class_id[k].item()] for k in kept]

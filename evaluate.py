@@ -91,7 +91,7 @@ def format_fixed(fixed: OperatingPoint, checkpoint: Mapping[str, Any], data: str
     chosen_on = checkpoint["config"].get("val", "")
     origin = "chosen on this split" if chosen_on == data else f"chosen on {chosen_on}"
     if not is_measured(checkpoint["metrics"]):
-        origin = "a stand-in: no evaluation has measured a better one"
+        origin = "a default: no evaluation has measured the threshold of best F1"
     return (
         f"F1 {fixed.f1:.4f} at the checkpoint's score >= {fixed.conf_threshold:.4f} ({origin}): "
         f"precision {fixed.precision:.4f}, recall {fixed.recall:.4f}"

@@ -72,7 +72,7 @@ def main() -> None:
             results.notes.append(left_out)
         if predictor.stand_in:
             results.notes.append(
-                f"score >= {predictor.conf_threshold:.4g} is a stand-in: no evaluation has "
+                f"score >= {predictor.conf_threshold:.4g} is a default: no evaluation has "
                 "measured a better one for these weights. --conf_threshold gives another score"
             )
         predict_images(images, predictor, results, config.batch_size)
@@ -180,7 +180,7 @@ def write_image(path: Path, image_rgb: np.ndarray) -> None:
 
 
 class Results:
-    """What is written into the folder, and what is told at the end. A context manager.
+    """Writes the results folder and prints a summary at the end. A context manager.
 
     No source is written over, nor any file of a folder that is not an earlier prediction's. The
     folder is made at once, before the work that its results cost, and goes when there are none.

@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -> None:
-    """Read the data, build model and loss, and train; then say what to do with the weights."""
+    """Read the data, build model and loss, and train; print how to use the weights."""
     class_names = read_class_names(config.classes_path)
     if config.anchors_path:
         check_same_anchors(read_anchors(config.anchors_path), resume)
@@ -354,9 +354,9 @@ def checkpoint_metadata(
     scale_xy: tuple[float, ...],
     loss: YOLOLoss,
 ) -> dict[str, Any]:
-    """What every checkpoint says of its network, so that nothing else is needed to use it.
+    """Metadata of every checkpoint: all that is needed to use its network.
 
-    Its config says, too, what the confidence loss declared: a later version may declare otherwise.
+    The config includes the settings of the confidence loss, which a later version may change.
     """
     return {
         "class_names": list(class_names),

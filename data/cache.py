@@ -106,7 +106,7 @@ class ImageCache:
         self._recent = RecentImages(BLOCK, RECENT_BYTES)
         self._pixels = torch.empty(self._starts[self._in_memory], dtype=torch.uint8)
         self._file: PixelFile | None = None
-        if self._in_memory < len(self):  # first: a folder that cannot be used is said at once
+        if self._in_memory < len(self):  # first, to raise early for an unusable folder
             self._file = self._open_file(folder)
         if self._in_memory:
             self._fill_memory()

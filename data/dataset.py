@@ -57,7 +57,7 @@ class VocDataset(Dataset[Item]):
                 raise UserError(f"{name} is {prob}; give a number from 0 to 1.")
         if not 0 <= repeat_threshold <= 1:
             raise UserError(f"repeat_threshold is {repeat_threshold}; give a number from 0 to 1.")
-        random_generator(seed)  # says now, not in a worker, that a seed is negative
+        random_generator(seed)  # raises for a negative seed now, not in a worker
         self.samples, self.input_shape, self.train = samples, tuple(input_shape), train
         self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
         self.augmentation = augmentation or Augmentation()
@@ -169,7 +169,7 @@ def collate(items: Sequence[Item]) -> Item:
 
 
 def init_worker(_worker_id: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: a worker goes on loading until it is told to end.
+    """For `DataLoader(worker_init_fn=...)`: a worker ignores Ctrl-C, which reaches all processes.
 
     Ctrl-C reaches all processes of a terminal: the main one decides. Its memory for images is
     kept: a forked worker has inherited the setting of the trainer's first step.

@@ -120,7 +120,7 @@ def check_image(path: str | PathLike) -> ImageHeader:
         image.draft("L", (1, 1))
         image.load()
         if image.mode[0] in "FI":
-            _to_8_bit(np.asarray(image))  # what cannot be shown is said now
+            _to_8_bit(np.asarray(image))  # raises now for what cannot be shown
     return header
 
 

@@ -75,7 +75,7 @@ def scan_split(
 ) -> tuple[list[Sample], SplitReport]:
     """Read and check all images and annotations of "ROOT:SPLIT+ROOT:SPLIT".
 
-    Boxes are repaired and counted (see `repair_boxes`). skip_bad: go on without images that
+    Boxes are repaired and counted (see `repair_boxes`). skip_bad: skip images that
     cannot be used. include_difficult: no object counts as difficult. split_dir: where splits are
     made for a read-only tree. classes_path: where class_names come from, for messages.
     Raises UserError for an unusable root or split, for class names that are not among
@@ -193,7 +193,7 @@ def _unknown_names(
 
 
 def _unusable_files(spec: str, faults: Sequence[str], notes: Sequence[str], left: int) -> str:
-    cure = "mend or remove them, or go on without them: --skip_bad" if left else "nothing is left"
+    cure = "repair or remove them, or skip them with --skip_bad" if left else "nothing is left"
     lines = [f"{spec}: {len(faults):,} files cannot be used; {cure}", list_faults(faults)]
     return "\n".join(lines + [f"  note: {note}" for note in notes])
 

@@ -1,4 +1,4 @@
-"""One VOC annotation: read its XML, and mend its boxes to fit the real image."""
+"""One VOC annotation: read its XML and repair boxes that do not fit the image."""
 
 import math
 import xml.etree.ElementTree as ET
@@ -16,7 +16,7 @@ _DIFFICULT = {"1": True, "true": True, "": False, "0": False, "false": False, "u
 
 @dataclass(frozen=True, eq=False)
 class Annotation:
-    """What an annotation says, as written.
+    """The content of an annotation file.
 
     file_name: <filename> without folders, "" when missing. size_hw: <size>, None when missing.
     names: n class names. boxes_xyxy: (n, 4) float64. difficult: (n,) bool.

@@ -51,7 +51,7 @@ class SplitReport:
         repaired = ", ".join(f"{count:,} {what}" for count, what in counts if count)
         lines = [f"  boxes repaired: {repaired}"] if repaired else []
         if self.rotated:
-            lines.append(f"  images whose boxes were turned as EXIF says: {self.rotated:,}")
+            lines.append(f"  images whose boxes were rotated by EXIF orientation: {self.rotated:,}")
         if self.duplicates:
             lines.append(f"  ids listed again, used once: {self.duplicates:,}")
         return lines

@@ -1,4 +1,4 @@
-"""What a training says on the terminal: before its first step, during them, after its last."""
+"""Terminal output of a training: at the start, during the steps, at the end."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -100,8 +100,8 @@ def slow_start(rows: Sequence[Mapping[str, str]], *, epochs: int, best_ap50: flo
 
 
 def how_to_go_on(folder: Path, conf_loss: str) -> str:
-    """What is said after Ctrl-C."""
-    return f"stopped; go on with:\n  {resume_command(folder, conf_loss)}"
+    """Message after Ctrl-C."""
+    return f"stopped; resume with:\n  {resume_command(folder, conf_loss)}"
 
 
 def resume_command(run: str | Path, conf_loss: str) -> str:

@@ -130,7 +130,7 @@ class EpochFigures:
 
 
 def cell_figures(groups: Sequence[float], *, looks: float = 1) -> dict[str, float]:
-    """What the flat `group_sums` of so many steps say; nan where there was nothing.
+    """Statistics of the flat `group_sums` of so many steps; nan where there was nothing.
 
     conf_*: shares of the whole confidence term; s8_* and so on: of the scale with that stride, with
     its mean objectness, and its positive and ignored cells a step.

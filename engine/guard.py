@@ -59,7 +59,7 @@ class NonFiniteGuard:
 
     limit: skipped updates in a row. Half precision overflows while its gradient scaler finds its
     scale, a dozen times or so at the start, so its limit is higher. conf_loss: the name of the
-    confidence loss, told when its term alone is not finite.
+    confidence loss, named when its term alone is not finite.
     """
 
     def __init__(self, *, limit: int = 5, conf_loss: str = ""):
@@ -75,7 +75,7 @@ class NonFiniteGuard:
         self.made += 1
 
     def check(self, terms: Mapping[str, float], *, skipped: bool, images: Sequence[str]) -> str:
-        """Note a batch with a non-finite loss or gradient. Returns what to tell of it.
+        """Count a batch with a non-finite loss or gradient. Returns a message.
 
         skipped: it ended an update, which was not made. Raises UserError after `limit` of them
         in a row.

@@ -1,4 +1,4 @@
-"""The flags of a run, and of one that goes on: what it was started with, and what may change."""
+"""The flags of a new or resumed run, and which of them a resumed run may change."""
 
 import argparse
 import dataclasses
@@ -74,9 +74,9 @@ def default_for_resume(stored: Config, path: Path) -> Config:
 
 
 def check_resumed(config: Config, stored: Config, changeable: Collection[str]) -> None:
-    """Refuse what cannot change in a run that goes on."""
+    """Refuse changes that a resumed run cannot make."""
     if config.weights:
-        raise UserError("--resume goes on with the run's own weights; leave --weights out.")
+        raise UserError("--resume loads the weights of the run; leave --weights out.")
     if ":" in stored.conf_loss and config.conf_loss != stored.conf_loss:
         raise UserError(
             f"this run's confidence loss is {stored.conf_loss!r}, code of yours that is run only "
@@ -96,7 +96,7 @@ def check_resumed(config: Config, stored: Config, changeable: Collection[str]) -
 def check_same_anchors(
     anchors: Sequence[Sequence[float]], checkpoint: Mapping[str, Any] | None
 ) -> None:
-    """A run that goes on keeps its anchors."""
+    """A resumed run keeps its anchors."""
     if checkpoint and [list(anchor) for anchor in anchors] != checkpoint["anchors"]:
         raise UserError(
             "the anchors file has changed since this run began; bring the old one back."
@@ -106,7 +106,7 @@ def check_same_anchors(
 def check_same_classes(
     class_names: Sequence[str], classes_path: str, checkpoint: Mapping[str, Any] | None
 ) -> None:
-    """A run that goes on keeps its classes."""
+    """A resumed run keeps its classes."""
     if checkpoint and list(class_names) != list(checkpoint["class_names"]):
         raise UserError(
             f"{classes_path} holds {', '.join(class_names)}, but the resumed run learns "
@@ -115,7 +115,7 @@ def check_same_classes(
 
 
 def check_same_settings(settings: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> None:
-    """A run that goes on keeps what its confidence loss declares: gain, normalizer and so on."""
+    """A resumed run keeps the settings of its confidence loss: gain, normalizer and so on."""
     old = None if checkpoint is None else checkpoint["config"].get("conf_settings")
     changed = [name for name, value in settings.items() if old and old[name] != value]
     if changed:

@@ -39,7 +39,7 @@ def new_run_folder(save_dir: str, prefix: str = "logs") -> Path:
         folder = Path(save_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(
-                f"{folder} is not an empty folder. Give another --save_dir, empty it, or go on "
+                f"{folder} is not an empty folder. Give another --save_dir, empty it, or resume "
                 f"with --resume {folder}."
             )
         return _make(folder, exist_ok=True)

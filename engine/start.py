@@ -42,7 +42,7 @@ def build_network(
         initialise(model, init)
     if not weights and weights_classes:
         raise UserError(
-            f"--weights_classes {weights_classes} says what --weights holds; give both."
+            f"--weights_classes {weights_classes} names the classes of --weights; give both."
         )
     if not weights:
         return model, None
@@ -140,7 +140,7 @@ def median_size(samples: Sequence[Sample], input_shape: tuple[int, int]) -> floa
 
 
 def set_prior(model: YoloV4, prior_pi: float | None, report: LoadReport | None) -> None:
-    """Give heads that are new the objectness that the loss declares, and say what was done."""
+    """Set the objectness prior of new heads to the one of the loss, and print it."""
     if prior_pi is None:
         return
     loaded = report is not None and report.heads_loaded
@@ -163,7 +163,7 @@ def other_decode(
     pairs = (("scale_xy", scale_xy, report.scale_xy), ("anchors", anchors, report.anchors))
     return [
         f"{name} here is {_plain(here)}, the loaded heads were trained with {_plain(there)}: "
-        "their boxes start wrong, and training has to mend it."
+        "the heads predict shifted boxes at first; training corrects this."
         for name, here, there in pairs
         if there is not None and _plain(here) != _plain(there)
     ]

@@ -35,8 +35,8 @@ SAVE_SECONDS = 300  # last.pt is never older than this
 class Trainer:
     """Trains a model with a loss on a data set and keeps the run's folder.
 
-    metadata: what a checkpoint says of network and data (weights/checkpoint.py). log: None on ranks
-    that write nothing. resume: a checkpoint with training state, whose run goes on where it stood.
+    metadata: of every checkpoint (weights/checkpoint.py). log: None on ranks
+    that write nothing. resume: a checkpoint with training state, to continue its run.
     """
 
     def __init__(
@@ -344,7 +344,7 @@ class Trainer:
             bar.set_postfix_str(text, refresh=False)
 
     def _tell(self, message: str, *, step: int) -> None:
-        """Say what the guard says of the step whose figures were read, and log its cells if any."""
+        """Print the guard's message on the step that was read, and log its cells if any."""
         self._say(message)
         if self.figures.last_groups and self.log is not None:
             figures = self.figures.last | self.recipe.input_figures(step - 1)

@@ -137,7 +137,7 @@ def carry_out(plan: Plan, save_dir: Path, *, jobs: int, held: Sequence[int] = ()
     total, done = len(laboratory.runs), len(laboratory.finished)
     print(f"{total} runs of {plan.epochs} epochs, {done} finished; they are in {save_dir / 'runs'}")
     if not laboratory.work():
-        print(f"stopped; the same command goes on:\n  {plan.command(save_dir)}")
+        print(f"stopped; resume with the same command:\n  {plan.command(save_dir)}")
         sys.exit(130)
     return laboratory.failures
 

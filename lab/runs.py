@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 POLL_SECONDS = 0.5
 STOP_SECONDS = 60  # after these a child is asked again to stop
 LOG_LINES = 15  # shown of a run that failed
-USER_ERROR = 2  # exit status of a script that its user has to mend
+USER_ERROR = 2  # exit status of an error that the user can fix
 EVALUATION_FLAGS = ("device", "batch_size", "num_workers", "skip_bad", "include_difficult")
 
 
@@ -174,7 +174,9 @@ class Laboratory:
         message = f"{run} {how}; the end of {run.log}:\n{log_end(run.log)}"
         # train.py writes config.json once it has found flags and data in order.
         if status == USER_ERROR and not (run.folder / "config.json").exists():
-            raise UserError(f"{message}\nSo would all others: mend the plan's flags or data.")
+            raise UserError(
+                f"{message}\nAll other runs would fail too: correct the flags or the data."
+            )
         tqdm.write(message)
         self.failures.append(f"{run} {how}, see {run.log}")
 
@@ -216,7 +218,7 @@ def check_free(run: Run) -> None:
 
 
 def train_command(run: Run, plan: Plan) -> list[str]:
-    """Start the run, or go on with it where its last.pt stands; less than that is removed."""
+    """Start the run, or resume it from last.pt; a run without one starts again."""
     script = str(ROOT / "train.py")
     if (run.folder / "last.pt").exists():
         own = ["--conf_loss", run.loss] if ":" in run.loss else []

@@ -179,7 +179,7 @@ def test_a_stop_says_how_to_go_on(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         carry_out(plan(), tmp_path, jobs=2)
     assert stop.value.code == 130
-    assert "stopped; the same command goes on:\n  python -m lab" in capsys.readouterr().out
+    assert "stopped; resume with the same command:\n  python -m lab" in capsys.readouterr().out
 
 
 def run_main(monkeypatch, *arguments):

@@ -90,7 +90,7 @@ def test_the_end_of_a_log_is_short(tmp_path):
 
 def test_flags_that_training_refuses_stop_the_whole_plan(tmp_path):
     laboratory = Laboratory(plan(widht=["3"]), tmp_path, jobs=1)
-    with pytest.raises(UserError, match=r"(?s)widht.*mend the plan"):
+    with pytest.raises(UserError, match=r"(?s)widht.*correct the flags"):
         laboratory.work()
     assert not (tmp_path / "runs" / "focal").exists()
 

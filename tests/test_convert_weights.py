@@ -162,7 +162,7 @@ def test_a_checkpoint_comes_back_with_all_that_darknet_has_no_place_for(folder, 
     for key in ("anchors", "input_shape", "scale_xy"):
         assert torch.equal(torch.tensor(after[key]), torch.tensor(before[key])), key
     assert same(after["model"], before["model"])
-    assert set(after) == {"format_version", *REQUIRED_KEYS, "darknet"}
+    assert set(after) == {"format_version", "version", *REQUIRED_KEYS, "darknet"}
 
 
 def test_a_cfg_that_was_written_says_what_the_checkpoint_says(folder, done):
@@ -210,7 +210,7 @@ def test_the_state_of_a_training_stays_behind(folder, done):
     save_checkpoint(folder / "last.pt", last)
     done(folder / "last.pt", folder / "small.pt")
     found = read_checkpoint(folder / "small.pt")
-    assert set(found) == {"format_version", *REQUIRED_KEYS}
+    assert set(found) == {"format_version", "version", *REQUIRED_KEYS}
     assert (found["epoch"], found["metrics"]) == (7, {"f1": 0.5})
     assert (folder / "small.pt").stat().st_size < (folder / "last.pt").stat().st_size - 3.9e6
 
@@ -253,10 +253,10 @@ def test_what_this_network_has_no_place_for_is_told(folder, done):
     done(folder / "best.pt", folder / "a.pth")
     state = torch.load(folder / "a.pth", weights_only=True)
     torch.save(OrderedDict(state, extra=torch.ones(2)), folder / "b.pth")
-    assert "left out, for this network has no place for it: extra" in done(
+    assert "skipped, unknown to this network: extra" in done(
         folder / "b.pth", folder / "b.weights", *SIZE
     )
-    assert "left out" not in done(folder / "a.pth", folder / "a.weights", *SIZE)
+    assert "skipped, unknown" not in done(folder / "a.pth", folder / "a.weights", *SIZE)
 
 
 def test_the_user_is_told_to_keep_what_the_new_file_does_not_hold(folder, done):
@@ -295,8 +295,8 @@ def test_all_that_a_file_does_not_say_is_named_at_once(folder, convert):
 
 
 REFUSED = {
-    "unknown suffix": (["best.pt", "new.onnx"], "suffix says what to write: .weights"),
-    "no suffix": (["best.pt", "new"], "suffix says what to write"),
+    "unknown suffix": (["best.pt", "new.onnx"], "suffix selects the format: .weights"),
+    "no suffix": (["best.pt", "new"], "suffix selects the format"),
     "swapped": (["new.weights", "best.pt"], "best.pt is there already"),
     "onto itself": (["best.pt", "best.pt"], "is there already"),
     "onto a folder": (["best.pt", "folder.pt"], "is there already"),

@@ -111,14 +111,14 @@ def test_the_checkpoints_own_threshold_is_measured_beside_the_best(
 
 
 @pytest.mark.parametrize(
-    ("metrics", "told"), [({}, "a stand-in"), ({"f1": 0.0}, "a stand-in"), ({"f1": 0.5}, "chosen")]
+    ("metrics", "told"), [({}, "a default"), ({"f1": 0.0}, "a default"), ({"f1": 0.5}, "chosen")]
 )
 def test_where_the_checkpoints_threshold_comes_from_is_told(metrics, told):
     line = format_fixed(
         OperatingPoint(0.5, 0.1, 0.2, 0.3), {"metrics": metrics, "config": {}}, "VOC:val"
     )
     assert f"score >= 0.5000 ({told}" in line
-    assert ("stand-in" in line) == (told == "a stand-in")
+    assert ("a default" in line) == (told == "a default")
 
 
 def test_difficult_objects_are_counted_when_asked_for(weights, voc, tmp_path, run_in_process):

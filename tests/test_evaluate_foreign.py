@@ -67,7 +67,7 @@ def test_it_measures_what_the_checkpoint_of_the_same_weights_measures(
     for key in MEASURED:
         assert found[key] == expected[key], key
     assert found["at_checkpoint_threshold"]["conf_threshold"] != THRESHOLD
-    assert "a stand-in: no evaluation has measured a better one" in printed
+    assert "a default: no evaluation has measured the threshold of best F1" in printed
 
 
 def test_without_the_reach_of_centres_that_it_was_trained_with_it_measures_another_thing(
@@ -89,4 +89,4 @@ def test_what_is_missing_is_one_message_and_exit_status_2(shelf, evaluate, tmp_p
 def test_what_a_checkpoint_says_itself_cannot_be_said_again(shelf, evaluate):
     status, printed, _ = evaluate("--weights", shelf / "best.pt", "--cfg", shelf / "a.cfg")
     assert status == 2
-    assert "is a checkpoint, which says itself what it needs: leave --cfg out" in printed
+    assert "is a checkpoint, which stores all metadata: leave --cfg out" in printed

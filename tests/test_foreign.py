@@ -10,7 +10,7 @@ from weights.checkpoint import REQUIRED_KEYS, build_model, save_checkpoint
 from weights.darknet import layout_of_cut, save_darknet_weights, size_of
 from weights.darknet_cfg import Cfg, write_cfg
 from weights.foreign import (
-    STAND_IN_THRESHOLD,
+    DEFAULT_THRESHOLD,
     FileMetadata,
     check_scale_xy,
     read_network,
@@ -77,7 +77,7 @@ def test_a_file_of_another_program_becomes_the_network_that_it_was_written_from(
     assert (found["class_names"], found["input_shape"]) == (NAMES, [64, 96])
     assert found["anchors"] == [[float(w), float(h)] for w, h in ANCHORS]
     assert {key: found[key] for key in SMALL} == SMALL
-    assert (found["scale_xy"], found["conf_threshold"]) == (scale_xy, STAND_IN_THRESHOLD)
+    assert (found["scale_xy"], found["conf_threshold"]) == (scale_xy, DEFAULT_THRESHOLD)
 
 
 def test_what_was_read_can_be_saved_as_a_checkpoint_and_keeps_darknets_header(shelf, tmp_path):
@@ -141,7 +141,7 @@ def missing_flags(error):
     ],
 )
 def test_all_metadata_that_are_missing_are_named_at_once(shelf, name, given, missing):
-    with pytest.raises(UserError, match="does not say everything") as error:
+    with pytest.raises(UserError, match="lacks metadata") as error:
         read_network(shelf / name, metadata(shelf, **given))
     assert missing_flags(error) == missing
     assert ("--cfg FILE" in str(error.value)) == (missing != ["--classes_path"])

@@ -204,7 +204,7 @@ def test_a_threshold_that_stands_in_is_told_where_it_is_used(monkeypatch, tmp_pa
     ):
         weights = write_checkpoint(tmp_path / "own.pt", metrics=metrics)
         run_main(monkeypatch, weights=weights, source=source, save_dir=tmp_path / "out", **flags)
-        lines = [line for line in capsys.readouterr().out.splitlines() if "stand-in" in line]
+        lines = [line for line in capsys.readouterr().out.splitlines() if "is a default" in line]
         assert len(lines) == told
         assert all(f"score >= {THRESHOLD:.4g} is" in line for line in lines)
 

@@ -48,13 +48,13 @@ def test_it_finds_what_the_checkpoint_of_the_same_weights_finds(shelf, predict, 
     assert status == 0, printed
     assert found == expected
     assert any(box["class_name"] == CLASS_NAMES[box["class_id"]] != "disc" for box in found[0])
-    assert "stand-in" not in printed
+    assert "is a default" not in printed
 
 
 def test_darknets_own_threshold_stands_in_and_it_is_said(shelf, predict):
     status, printed, found = predict(*flags_of(shelf, "a.weights", "cfg"))
     assert status == 0, printed
-    assert "score >= 0.25 is a stand-in" in printed
+    assert "score >= 0.25 is a default" in printed
     assert min(box["score"] for boxes in found for box in boxes) >= 0.25
 
 
@@ -76,4 +76,4 @@ def test_what_is_missing_is_one_message_and_exit_status_2(shelf, predict, tmp_pa
 def test_what_a_checkpoint_says_itself_cannot_be_said_again(shelf, predict):
     status, printed, _ = predict("--weights", shelf / "best.pt", "--scale_xy", 1, 1, 1)
     assert status == 2
-    assert "is a checkpoint, which says itself what it needs: leave --scale_xy out" in printed
+    assert "is a checkpoint, which stores all metadata: leave --scale_xy out" in printed

@@ -182,7 +182,7 @@ def test_names_for_another_number_of_classes_than_the_file_has_are_refused(darkn
 def test_names_beside_a_checkpoint_that_says_others_are_refused(donor, tmp_path):
     save_checkpoint(tmp_path / "a.pt", {"model": donor.state_dict(), "class_names": list(NAMES)})
     (tmp_path / "names.txt").write_text("dog\ncat\n")
-    with pytest.raises(UserError, match="says itself that its classes are cat, dog"):
+    with pytest.raises(UserError, match="stores its own classes, cat, dog"):
         build(tmp_path / "a.pt", weights_classes=tmp_path / "names.txt")
 
 

@@ -209,7 +209,7 @@ def test_boxes_on_the_stored_pixels_are_turned_with_the_image(root, orientation)
     expected = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     assert samples[0].boxes_xyxy.tolist() == [expected]
     assert report.rotated == 1
-    assert "as EXIF says: 1" in str(report)
+    assert "by EXIF orientation: 1" in str(report)
 
 
 @pytest.mark.parametrize(("orientation", "size_hw"), [(6, (60, 40)), (6, (1, 1)), (3, HW)])

@@ -6,8 +6,8 @@
         --classes_path model_data/coco_classes.txt --anchors_path model_data/yolo_anchors.txt
         --input_shape 416 416
 
-The kind of the source is told by its content, that of the target by its suffix. Nothing that is
-there is written over.
+The format of the source is detected from its content, that of the target from its suffix. Existing
+files are never overwritten.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ def check_paths(config: Config) -> None:
     """Refuse a kind of output that there is not, and to write over what is there."""
     if config.target.suffix not in SUFFIXES:
         kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
-        raise UserError(f"{config.target}: the suffix says what to write: {kinds}.")
+        raise UserError(f"{config.target}: the suffix selects the format: {kinds}.")
     paths = [path for path in (config.target, config.cfg_out) if path]
     for path in paths:
         if os.path.lexists(path):
@@ -154,7 +154,7 @@ def cut(source: Source, part: str) -> Source:
 
 
 def describe_cfg(source: Source, metadata: FileMetadata) -> Cfg:
-    """What the .cfg says besides the structure."""
+    """Contents of the .cfg besides the structure."""
     if source.weights.num_classes is None:
         raise UserError(f"{source.weights.source}: part of a network, for which there is no .cfg.")
     known = source.checkpoint or complete(source.weights, metadata, classes=False)
@@ -202,10 +202,10 @@ def write_darknet(source: Source, target: Path) -> None:
 
 
 def notes(config: Config, source: Source) -> list[str]:
-    """What the new file does not say, and the user must know."""
+    """Notes on information that the new file cannot store."""
     said, kind = [], config.target.suffix
     if source.left_out:
-        said.append(f"left out, for this network has no place for it: {summarise(source.left_out)}")
+        said.append(f"skipped, unknown to this network: {summarise(source.left_out)}")
     if kind == ".pt" or source.weights.num_classes is None:
         return said
     if source.checkpoint:
@@ -231,8 +231,8 @@ def decode_notes(kind: str, scale_xy: Sequence[float] | None) -> list[str]:
             "which shifts boxes by up to a tenth of a cell."
         ]
     return [
-        f"these weights expect scale_xy {own}, which only a .cfg says: without it they count as "
-        f"{expected}; say --scale_xy {own} where you use them here."
+        f"these weights expect scale_xy {own}, which only a .cfg stores: without it readers assume "
+        f"{expected}; give --scale_xy {own} when you use them here."
     ]
 
 

@@ -30,7 +30,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class SampleObject:
-    """What an annotation says of an object. box_xyxy: edges of its visible pixels."""
+    """The annotation of an object. box_xyxy: edges of its visible pixels."""
 
     name: str
     box_xyxy: tuple[int, int, int, int]

@@ -2,7 +2,7 @@
 
 Such a file is a header and then float32 numbers, convolution by convolution in darknet's order,
 which is this network's own: with BN beta, gamma, mean, variance, weights; without BN biases,
-weights. It says nothing of shapes: only its length tells what it holds.
+weights. It holds no shapes: only its length shows which layers it contains.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ CUTS = {"137": "top_down_p3", "backbone": "backbone"}  # part of the network -> 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a .weights file says of itself. seen: images that it was trained on."""
+    """Header of a .weights file. seen: number of images it was trained on."""
 
     version: tuple[int, int, int] = (0, 2, 5)
     seen: int = 0

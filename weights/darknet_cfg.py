@@ -59,7 +59,7 @@ scales=.1,.1
 
 @dataclasses.dataclass(frozen=True)
 class Cfg:
-    """What a .cfg says that a .weights file does not.
+    """What a .cfg stores and a .weights file does not.
 
     input_shape: (height, width). anchors: nine (w, h) in pixels of the input.
     """
@@ -199,7 +199,7 @@ class Layers:
 
 
 def read_cfg(path: str | Path, *, width: float = 1.0, depth: float = 1.0) -> Cfg:
-    """What a .cfg says of classes, anchors, input and decode.
+    """Read classes, anchors, input size and grid sensitivity of a .cfg.
 
     Raises UserError if the file cannot be read, or is not of a YOLOv4 of this width and depth.
     """

@@ -1,4 +1,4 @@
-"""Files of other programs used as if they were checkpoints: what they lack is given beside them."""
+"""Weights of other programs, completed by flags to what a checkpoint holds."""
 
 import dataclasses
 import math
@@ -27,8 +27,8 @@ from weights.reading import (
     with_classes,
 )
 
-# Nobody has measured the score of best F1 of such a file; this is darknet's own default.
-STAND_IN_THRESHOLD = 0.25
+# Such a file has no measured threshold of best F1; this is darknet's default.
+DEFAULT_THRESHOLD = 0.25
 WANTED = {
     "class_names": (
         "--classes_path FILE       names of its {} classes, one a line "
@@ -36,7 +36,7 @@ WANTED = {
     ),
     "anchors": "--anchors_path FILE       its nine anchors (YOLOv4's: model_data/yolo_anchors.txt)",
     "input_shape": "--input_shape 416 416     size of its input, height and width",
-    "scale_xy": "--scale_xy 1.2 1.1 1.05   reach of centres (darknet's: these; the fork's: 1 1 1)",
+    "scale_xy": "--scale_xy 1.2 1.1 1.05   grid sensitivity (darknet's: these; the fork's: 1 1 1)",
 }
 
 
@@ -74,7 +74,7 @@ def read_network(path: str | Path, metadata: FileMetadata) -> dict[str, Any]:
     """A checkpoint of ours, or another program's weights as one; for evaluation and detection.
 
     Raises UserError if the file cannot be used, if metadata are missing, or if they are given for a
-    checkpoint, which says them itself.
+    checkpoint, which stores them.
     """
     return read_own(path, metadata) or as_checkpoint(path, metadata)
 
@@ -88,7 +88,7 @@ def read_own(path: str | Path, metadata: FileMetadata) -> dict[str, Any] | None:
         return None
     if metadata.given():
         raise UserError(
-            f"{path} is a checkpoint, which says itself what it needs: leave "
+            f"{path} is a checkpoint, which stores all metadata: leave "
             f"{', '.join(metadata.given())} out, meant for files of other programs."
         )
     checkpoint = read_checkpoint(path)
@@ -115,7 +115,7 @@ def as_checkpoint(path: str | Path, metadata: FileMetadata) -> dict[str, Any]:
         **scaling,
         **known,
         "conf_loss": "bce",
-        "conf_threshold": STAND_IN_THRESHOLD,
+        "conf_threshold": DEFAULT_THRESHOLD,
         "config": {},
         "epoch": 0,
         "metrics": {},
@@ -156,7 +156,7 @@ def known_metadata(weights: WeightsFile, metadata: FileMetadata) -> dict[str, An
 
 
 def check_scale_xy(scale_xy: Sequence[float]) -> None:
-    """Raises UserError for a reach that no centre can have."""
+    """Raises UserError for a grid sensitivity that is not positive."""
     if not all(0 < reach < math.inf for reach in scale_xy):
         raise UserError(
             f"scale_xy {' '.join(map(str, scale_xy))}: give three numbers above 0, such as 1.2 1.1 "
@@ -174,14 +174,12 @@ def complete(
     """
     known = known_metadata(weights, metadata)
     missing = [flag for name, flag in WANTED.items() if name in known and not known[name]]
-    hint = "\nIts darknet .cfg, if there is one, says all but the names: --cfg FILE"
+    hint = "\nA darknet .cfg replaces all but the class names: --cfg FILE"
     hint = hint if missing else ""
     if classes and not metadata.classes_path:
         missing.insert(0, WANTED["class_names"].format(weights.num_classes))
     if missing:
-        raise UserError(
-            f"{weights.source} does not say everything. Add:\n  " + "\n  ".join(missing) + hint
-        )
+        raise UserError(f"{weights.source} lacks metadata. Add:\n  " + "\n  ".join(missing) + hint)
     anchors = [list(anchor) for anchor in known["anchors"]]
     return {**{name: list(value) for name, value in known.items()}, "anchors": anchors}
 

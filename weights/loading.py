@@ -24,8 +24,8 @@ class LoadReport:
     loaded: names of tensors that were loaded in full. partly, skipped: the other tensors, with
     what was loaded of them, or why nothing was. heads_loaded: the heads know objectness already;
     False: the output convolutions keep the weights that they had. by_position: they were
-    loaded though the file does not say which classes they mean. scale_xy, anchors: what the
-    weights were trained with, where the file tells.
+    loaded though the file does not name its classes. scale_xy, anchors: what the
+    weights were trained with, if known.
     """
 
     source: str

@@ -1,4 +1,4 @@
-"""Read a weights file of any kind: tell by its content what it is, and name its tensors as here.
+"""Read a weights file: detect its format from the content, rename its tensors to ours.
 
 Recognised are this project's checkpoints and state_dicts, the original fork's .pth and darknet's
 .weights. Nothing in a file is ever run.
@@ -35,12 +35,12 @@ ACCEPTED = (
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:
-    """A recognised file: tensors under this project's names, and what else it tells."""
+    """A recognised file: tensors under this project's names, and its metadata."""
 
     source: str
     tensors: Mapping[str, Tensor]
     class_names: Sequence[str] | None = None
-    scale_xy: tuple[float, ...] | None = None  # None: the file has no heads, or does not say
+    scale_xy: tuple[float, ...] | None = None  # None: no heads, or unknown
     anchors: Sequence[Sequence[float]] | None = None
     header: Header | None = None
 
@@ -110,7 +110,7 @@ def read_torch_file(path: str | Path, *, mmap: bool = True) -> Any:
     try:
         mapped = mmap and start.startswith(ZIP_MAGIC)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch would say of a TorchScript is said below
+            warnings.simplefilter("ignore")  # TorchScript gets its own message below
             return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise nearly anything
         script = "TorchScript" in str(error)
@@ -119,7 +119,7 @@ def read_torch_file(path: str | Path, *, mmap: bool = True) -> Any:
                 f"{path}: holds Python objects, and loading those would run code of the file. "
                 "Where it comes from, save the state_dict of its model instead."
             ) from error
-        # Of an UnpicklingError nothing is quoted: torch advises to run what the file says.
+        # Never quote an UnpicklingError: torch advises to load the file unsafely.
         quoted = not isinstance(error, UnpicklingError) and "weights_only" not in str(error)
         cause = str(error).strip().split("\n")[0] if quoted else ""
         raise UserError(f"{path}: damaged or cut off, or not of torch.save. {cause}") from error
@@ -205,10 +205,10 @@ def header_in(metadata: Mapping[str, Any]) -> Header | None:
 
 
 def with_classes(weights: WeightsFile, class_names: Sequence[str]) -> WeightsFile:
-    """Say what the outputs of a file mean that does not say it itself."""
+    """Name the classes of a file that does not store them."""
     if weights.class_names is not None and list(weights.class_names) != list(class_names):
         raise UserError(
-            f"{weights.source} says itself that its classes are {summarise(weights.class_names)}; "
+            f"{weights.source} stores its own classes, {summarise(weights.class_names)}; "
             f"{summarise(class_names)} are other ones. Leave its class names out."
         )
     if weights.num_classes not in (None, len(class_names)):

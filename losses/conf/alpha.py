@@ -21,7 +21,7 @@ class MeasuredAlpha(nn.Module):
 
     @property
     def alpha(self) -> Tensor:
-        """What positives weigh after the training batches so far: a scalar on the device."""
+        """Weight of positives after the training batches so far: a scalar on the device."""
         return 1 - self.positives / self.counted.clamp(min=1)
 
     def forward(self, losses: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:

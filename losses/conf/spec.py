@@ -113,7 +113,7 @@ def _parse_arguments(spec: str, arguments: str, usage: str) -> dict[str, Any]:
 def _check_value(
     key: str, value: Any, parameters: dict[str, inspect.Parameter], usage: str
 ) -> None:
-    """The key exists, and its value is of the kind that the parameter tells."""
+    """Check that the key exists and its value has the parameter's type."""
     if key not in parameters:
         close = difflib.get_close_matches(key, [*parameters, *SETTING_KEYS], n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -124,9 +124,9 @@ def _check_value(
 
 
 def _wanted(value: Any, parameter: inspect.Parameter) -> str:
-    """What a value must be instead; "" where it fits, or where the parameter says nothing.
+    """The expected type of a value; "" if it fits or the parameter has no default or annotation.
 
-    The default tells the kind; a Literal in the annotation lists the strings that are allowed.
+    The type follows from the default; a Literal annotation lists the allowed strings.
     """
     default = parameter.default
     annotations = (parameter.annotation, *get_args(parameter.annotation))

@@ -45,12 +45,13 @@ def _measure(predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> _Pair:
     outer = torch.maximum(corners1[..., 2:], corners2[..., 2:]) - torch.minimum(
         corners1[..., :2], corners2[..., :2]
     )
+    hull_w, hull_h = outer.unbind(-1)
     x1, y1, w1, h1 = predicted_cxcywh.unbind(-1)
     x2, y2, w2, h2 = target_cxcywh.unbind(-1)
     intersection = inner_w * inner_h
     union = w1 * h1 + w2 * h2 - intersection
     iou = intersection / union.clamp(min=EPS)
-    return _Pair(iou, union, x1 - x2, y1 - y2, *outer.unbind(-1), w1, h1, w2, h2)
+    return _Pair(iou, union, x1 - x2, y1 - y2, hull_w, hull_h, w1, h1, w2, h2)
 
 
 def _iou(pair: _Pair) -> Tensor:

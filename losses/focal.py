@@ -1,6 +1,7 @@
 """Sigmoid focal loss (Lin et al. 2017), as a function and as a module, for any detector."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,11 @@ from torch.nn import functional as F
 
 from utils.errors import UserError
 
-REDUCTIONS = {"none": lambda losses: losses, "sum": torch.sum, "mean": lambda x: _mean(x)}
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda losses: losses,
+    "sum": torch.sum,
+    "mean": lambda losses: _mean(losses),
+}
 
 
 def _mean(losses: Tensor) -> Tensor:

@@ -78,6 +78,11 @@ class YOLOLoss(nn.Module):
     Raises UserError for a value that is not allowed.
     """
 
+    anchors: Tensor
+    strides: Tensor
+    scales: Tensor
+    balance: Tensor
+
     def __init__(
         self,
         anchors: Sequence[Sequence[float]],
@@ -94,7 +99,7 @@ class YOLOLoss(nn.Module):
         assigner: str = "best_anchor",
         anchor_threshold: float = 0.213,
         ignore_threshold: float = 0.5,
-        scale_xy: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        scale_xy: Sequence[float] = (1.0, 1.0, 1.0),
         balance: tuple[float, float, float] = (4.0, 1.0, 0.4),
         loc_gain: float = 0.05,
         cls_gain: float = 1.0,
@@ -247,7 +252,8 @@ class YOLOLoss(nn.Module):
         """(B, K) bool: boxes that overlap a ground truth of their image too well to be wrong."""
         corners = []
         for scale, raw in enumerate(maps):
-            offsets = grid_offsets(*raw.shape[1:3], raw.device)[:, :, None]
+            rows, columns = raw.shape[1:3]
+            offsets = grid_offsets(rows, columns, raw.device)[:, :, None]
             anchors = self.anchors[3 * scale : 3 * scale + 3] / STRIDES[scale]
             logits = raw[..., :4].float()
             centre, size = decode_grid_boxes(logits, offsets, anchors, self.scale_xy[scale])

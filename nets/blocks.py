@@ -1,11 +1,12 @@
 """Convolution, BN and activation in one module, and the rules that scale the network."""
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 LEAKY_SLOPE = 0.1
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[], nn.Mish | nn.LeakyReLU]] = {
     "mish": nn.Mish,
     # In place is safe: BN's backward needs its input, leaky ReLU's only the sign of the result.
     "leaky": lambda: nn.LeakyReLU(LEAKY_SLOPE, inplace=True),
@@ -28,6 +29,7 @@ class ConvBnAct(nn.Module):
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False
         )
+        self.bn: nn.BatchNorm2d | nn.Identity  # the latter once it is folded
         self.bn = nn.BatchNorm2d(out_channels, eps=1e-5, momentum=0.1)
         self.act = ACTIVATIONS[activation]()
 

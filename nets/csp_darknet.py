@@ -99,4 +99,5 @@ class CSPDarknet53(nn.Module):
             frugal = self.recompute and self.training and torch.is_grad_enabled()
             x = run_recomputed(stage, x) if frugal else stage(x)
             maps.append(x)
-        return tuple(maps[-3:])
+        c3, c4, c5 = maps[-3:]
+        return c3, c4, c5

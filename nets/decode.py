@@ -46,7 +46,7 @@ def grid_offsets(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def decode_grid_boxes(
-    raw: Tensor, offsets: Tensor, anchor_wh: Tensor, scale_xy: float
+    raw: Tensor, offsets: Tensor, anchor_wh: Tensor, scale_xy: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Raw tx, ty, tw, th -> centre and size in the units of `offsets` and `anchor_wh`.
 

@@ -78,6 +78,7 @@ class YoloV4(nn.Module):
         if not 0 < pi < 1:
             raise UserError(f"objectness prior {pi}: give a probability between 0 and 1.")
         for head in (self.head_p3, self.head_p4, self.head_p5):
+            assert head.output.bias is not None  # it has no BN
             bias = head.output.bias.detach().view(ANCHORS_PER_SCALE, -1)
             bias[:, OBJECTNESS] = math.log(pi / (1 - pi))
 

@@ -14,6 +14,9 @@ class MeasuredAlpha(nn.Module):
     and before anything is stored the batch at hand serves.
     """
 
+    positives: Tensor
+    counted: Tensor
+
     def __init__(self):
         super().__init__()
         self.register_buffer("positives", torch.zeros((), dtype=torch.float64))

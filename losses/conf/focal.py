@@ -20,17 +20,16 @@ class Focal(nn.Module):
 
     def __init__(self, alpha: float | Literal["auto"] = 0.25, gamma: float = 2.0):
         super().__init__()
-        check_focal_arguments(-1 if alpha == "auto" else alpha, gamma)
+        self.fixed_alpha = -1.0 if alpha == "auto" else alpha
+        check_focal_arguments(self.fixed_alpha, gamma)
         self.alpha, self.gamma = alpha, gamma
         self.measured = None
         if alpha == "auto":  # only then: a subclass may declare wants_mask for itself
             self.measured, self.wants_mask = MeasuredAlpha(), True
 
     def forward(self, logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.measured is None:
-            return sigmoid_focal_loss(logits, targets, alpha=self.alpha, gamma=self.gamma)
-        losses = sigmoid_focal_loss(logits, targets, alpha=-1, gamma=self.gamma)
-        return self.measured(losses, targets, mask)
+        losses = sigmoid_focal_loss(logits, targets, alpha=self.fixed_alpha, gamma=self.gamma)
+        return losses if self.measured is None else self.measured(losses, targets, mask)
 
 
 @conf_loss("focal_pi")

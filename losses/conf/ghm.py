@@ -25,6 +25,9 @@ class GHM(nn.Module):
     # BCE's, and the class term drowned: BCCD's white cells had the right name in 72% of the cases.
     gain, wants_mask = 0.1, True
 
+    shares: Tensor
+    weight: Tensor
+
     def __init__(self, bins: int = 30, momentum: float = 0.75):
         super().__init__()
         allowed = isinstance(bins, int) and 1 <= bins <= 1000

@@ -71,7 +71,8 @@ def check_argument(name: str, value: Any, is_allowed: bool, allowed: str) -> Non
 def conf_settings(loss: nn.Module) -> ConfSettings:
     """What a loss declares, defaults filled in. Raises UserError for an impossible value."""
     defaults = ConfSettings._field_defaults
-    settings = ConfSettings(*(getattr(loss, name, value) for name, value in defaults.items()))
+    declared: dict[str, Any] = {name: getattr(loss, name, defaults[name]) for name in defaults}
+    settings = ConfSettings(**declared)
     gain, normalizer, prior_pi, *_ = settings
     name = type(loss).__name__
     if normalizer not in NORMALIZERS:

@@ -20,8 +20,12 @@ LEAST = {"AVX2": (128, 128 * 256), "AVX-512": (256, 256 * 256)}
 class WinogradConv(nn.Module):
     """What a 3x3 convolution of stride 1 computes, up to rounding; for inference only."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
+        assert conv.bias is not None  # `gains` sees to it
         basis = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
         basis, filters = basis.to(conv.weight), conv.weight.detach()
         # In the order of the transformed input: column of the tile, row, in, out.

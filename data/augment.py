@@ -17,7 +17,8 @@ from utils.errors import UserError
 
 MIN_BOX_SIDE = 1.0  # pixels of the canvas: a box as thin as this or thinner is dropped
 LEVELS = np.arange(256.0)
-MOSAIC_QUADRANTS = tuple(itertools.product((False, True), repeat=2))  # (below, right) of the seams
+# (below, right) of the seams
+MOSAIC_QUADRANTS = tuple(itertools.product((False, True), (False, True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,9 @@ class LabelledImage:
 class Source(Protocol):
     """An image that is read once it is known how large it will be drawn."""
 
-    image_hw: tuple[int, int]
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """Height and width in pixels."""
 
     def for_size(self, size_hw: tuple[int, int]) -> LabelledImage:
         """The whole image, as small as it may be to be drawn at `size_hw`."""
@@ -115,7 +118,8 @@ def place_image(
     rounded to whole pixels of the image, at least one.
     """
     (y1, y2, top, bottom), (x1, x2, left, right) = (
-        place_side(image_hw[i], area_xyxy[1 - i :: 2], size_hw[i], top_left[i]) for i in (0, 1)
+        place_side(image_hw[i], (area_xyxy[1 - i], area_xyxy[3 - i]), size_hw[i], top_left[i])
+        for i in (0, 1)
     )
     if flip:
         x1, x2 = image_hw[1] - x2, image_hw[1] - x1
@@ -172,9 +176,9 @@ def random_size(
 ) -> tuple[int, int]:
     """Draw a new aspect and a new size; scale 1 is the largest that fits the input."""
     height, width = image_hw
-    width = width * rng.uniform(1 - jitter, 1 + jitter) / rng.uniform(1 - jitter, 1 + jitter)
-    factor = rng.uniform(*scale) * min(input_hw[0] / height, input_hw[1] / width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
+    stretched = width * rng.uniform(1 - jitter, 1 + jitter) / rng.uniform(1 - jitter, 1 + jitter)
+    factor = rng.uniform(*scale) * min(input_hw[0] / height, input_hw[1] / stretched)
+    return max(1, round(height * factor)), max(1, round(stretched * factor))
 
 
 def random_hsv(
@@ -212,7 +216,7 @@ def random_single(
     top, left = (int(rng.integers(min(0, room), max(0, room), endpoint=True)) for room in rooms)
     flip = rng.random() < augmentation.flip_prob
     image = source.for_size(size_hw)
-    area_xyxy = (0, 0, *reversed(input_hw))
+    area_xyxy = (0, 0, input_hw[1], input_hw[0])
     placement = place_image(
         image.image_hw, area_xyxy, size_hw=size_hw, top_left=(top, left), flip=flip
     )
@@ -231,12 +235,19 @@ def random_mosaic(
     """Four images around a random crossing, each with a corner at it; boxes end at the seams."""
     canvas = np.full((*input_hw, 3), GREY, dtype=np.uint8)
     fractions = rng.uniform(*augmentation.mosaic_centre, size=2)
-    seam = tuple(
+    seam_row, seam_column = (
         min(max(round(fraction * side), 1), side - 1)
         for fraction, side in zip(fractions.tolist(), input_hw, strict=True)
     )
     placed = [
-        place_at_corner(*(source, seam, after_seam, input_hw), augmentation=augmentation, rng=rng)
+        place_at_corner(
+            source,
+            (seam_row, seam_column),
+            after_seam,
+            input_hw,
+            augmentation=augmentation,
+            rng=rng,
+        )
         for source, after_seam in zip(sources, MOSAIC_QUADRANTS, strict=True)
     ]
     for image, placement in placed:

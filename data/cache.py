@@ -163,6 +163,7 @@ class ImageCache:
         if index < self._in_memory:
             pixels = self._pixels.numpy()
         else:
+            assert self._file is not None  # it holds what is not in memory
             pixels, start = self._file.pixels, start - len(self._pixels)
         return pixels[start : start + 3 * height * width].reshape(height, width, 3)
 

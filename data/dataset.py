@@ -57,17 +57,17 @@ class VocDataset(Dataset[Item]):
                 raise UserError(f"{name} is {prob}; give a number from 0 to 1.")
         if not 0 <= repeat_threshold <= 1:
             raise UserError(f"repeat_threshold is {repeat_threshold}; give a number from 0 to 1.")
-        random_generator(seed)  # raises for a negative seed now, not in a worker
-        self.samples, self.input_shape, self.train = samples, tuple(input_shape), train
+        random_generator(seed)  # says now, not in a worker, that a seed is negative
+        height, width = input_shape
+        self.samples, self.input_shape, self.train = samples, (height, width), train
         self.mosaic_prob, self.mixup_prob, self.seed = mosaic_prob, mixup_prob, seed
         self.augmentation = augmentation or Augmentation()
         # Validation keeps what letterbox makes of an image, so that the cache changes no pixel.
         scales = (self.augmentation.scale[1], self.augmentation.mosaic_scale[1])
-        limit_hw = tuple(math.ceil(side * max(scales)) for side in self.input_shape)
-        limit_hw = limit_hw if train else self.input_shape
+        largest = math.ceil(height * max(scales)), math.ceil(width * max(scales))
         self._images = ImageCache(
             samples,
-            limit_hw,
+            largest if train else self.input_shape,
             int(cache_gb * GIB) if cache else 0,
             reduced=train,
             folder=cache_dir if cache else "",
@@ -148,7 +148,7 @@ def target_ids(sample: Sample) -> np.ndarray:
 def to_item(image: LabelledImage) -> Item:
     """An image of the network input's size as tensors; the image stays (H, W, 3) in memory."""
     height, width = image.image_hw
-    corners = image.boxes_xyxy / np.float32((width, height, width, height))
+    corners = image.boxes_xyxy / np.array((width, height, width, height), np.float32)
     targets = np.empty((len(corners), 5), np.float32)
     targets[:, 0] = image.class_ids
     targets[:, 1:3] = (corners[:, :2] + corners[:, 2:]) / 2

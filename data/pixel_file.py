@@ -72,7 +72,7 @@ def _write(path: Path, size: int, parts: Iterable[np.ndarray]) -> None:
     try:
         with replacing(path, tag=f"{uuid.uuid4().hex}.unfinished") as file:
             for part in parts:
-                file.write(memoryview(part))
+                file.write(part.data)
     except UserError:
         if not _is_whole(path, size):  # another run may have finished it meanwhile
             raise

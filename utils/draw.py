@@ -219,6 +219,7 @@ def fitting_font(font: Font, texts: Sequence[str], width: int) -> Font:
 def font_for(letters: str, size: int) -> Font:
     """Pillow's embedded font, or, for other scripts, the installed one that has most letters."""
     embedded = ImageFont.load_default(size)
+    assert isinstance(embedded, Font)  # what Pillow gives where the size is chosen
     if not missing_letters(embedded, letters):
         return embedded
     fonts = [embedded, *installed_fonts(size)]

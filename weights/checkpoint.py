@@ -8,6 +8,7 @@ import torch
 
 from nets.cpu import speed_up_detection
 from nets.fold import fold_batch_norm
+from nets.memory import move
 from nets.yolo import YoloV4
 from utils.errors import UserError
 from utils.files import replacing
@@ -65,7 +66,7 @@ def build_model(
     except RuntimeError as error:
         raise UserError(f"The checkpoint's weights do not fit its own network: {error}") from None
     fold_batch_norm(model.eval())  # in float32, so that weights are rounded once
-    model = model.to(device, dtype, memory_format=torch.channels_last).requires_grad_(False)
+    model = move(model, device, dtype).requires_grad_(False)
     if dtype == torch.float16 and not all(p.isfinite().all() for p in model.parameters()):
         raise UserError("The network's weights exceed the range of float16. Use amp bf16 or off.")
     if torch.device(device).type == "cpu":

@@ -192,4 +192,4 @@ def write_darknet_tensors(
         file.write(start)
         for name in names:
             values = tensors[name].detach().cpu().float().numpy()
-            file.write(np.ascontiguousarray(values, dtype=FLOAT32))
+            file.write(np.ascontiguousarray(values, dtype=FLOAT32).data)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from nets.blocks import ConvBnAct
-from nets.csp_darknet import CspStage
-from nets.neck import BottomUp, TopDown
-from nets.yolo import ANCHORS_PER_SCALE, YoloV4
+from nets.csp_darknet import CspStage, Residual
+from nets.neck import BottomUp, SpatialPyramidPooling, TopDown
+from nets.yolo import ANCHORS_PER_SCALE, Head, YoloV4
 from utils.errors import UserError
 
 # What changes a layer's result, with darknet's defaults. Padding follows from the size.
@@ -130,6 +130,7 @@ class Layers:
 
     def convs(self, units: nn.Sequential) -> int:
         for unit in units:
+            assert isinstance(unit, ConvBnAct)
             self.conv(unit)
         return self.last
 
@@ -138,19 +139,21 @@ class Layers:
         here = len(self.sections)
         return self.add("route", layers=",".join(str(layer - here) for layer in layers))
 
-    def stage(self, stage: CspStage) -> int:
+    def stage(self, stage: nn.Module) -> int:
+        assert isinstance(stage, CspStage)  # a ModuleList does not say so
         down = self.conv(stage.down)
         short = self.conv(stage.short)
         self.route(down)
         self.conv(stage.main)
         for residual in stage.residuals:
+            assert isinstance(residual, Residual)
             self.conv(residual.reduce)
             self.conv(residual.expand)
             self.add("shortcut", **{"from": -3, "activation": "linear"})
         self.route(self.conv(stage.transition), short)
         return self.conv(stage.merge)
 
-    def pyramid_pooling(self, spp: nn.Module) -> None:
+    def pyramid_pooling(self, spp: SpatialPyramidPooling) -> None:
         start = self.convs(spp.before)
         pools = []
         for size in (5, 9, 13):
@@ -172,7 +175,7 @@ class Layers:
         self.route(self.conv(path.down), lateral)
         self.convs(path.merge)
 
-    def head(self, head: nn.Module, *, level: int) -> None:
+    def head(self, head: Head, *, level: int) -> None:
         self.conv(head.conv)
         filters = head.output.out_channels
         self.add("convolutional", size=1, stride=1, pad=1, filters=filters, activation="linear")

@@ -135,7 +135,7 @@ def known_metadata(weights: WeightsFile, metadata: FileMetadata) -> dict[str, An
     A flag overrides the .cfg, and the .cfg overrides the default of the file format.
     Raises UserError for values that cannot be, and for a .cfg of other weights.
     """
-    known = {"anchors": None, "input_shape": None, "scale_xy": weights.scale_xy}
+    known: dict[str, Any] = {"anchors": None, "input_shape": None, "scale_xy": weights.scale_xy}
     if metadata.cfg:
         cfg = read_cfg(metadata.cfg, **metadata.scaling())
         if weights.num_classes not in (None, cfg.num_classes):

@@ -76,7 +76,7 @@ def load_weights(
     fitting = {name: weights.tensors[name] for name in (*report.loaded, *report.partly)}
     check_finite(fitting, report.source)
     own = model.state_dict()
-    rows = shared_rows(weights.class_names, class_names)
+    rows = shared_rows(weights.class_names, class_names) or ()
     for name in report.partly:
         fitting[name] = carry_rows(own[name], fitting[name], rows)
     model.load_state_dict(fitting, strict=False)
@@ -89,16 +89,17 @@ def match(
     """Decide for every tensor of the model and of the file whether it is loaded, and why not."""
     loaded, partly, skipped = [], {}, {}
     rows = shared_rows(weights.class_names, class_names)
+    theirs, ours = weights.class_names or (), class_names or ()  # both known where there are rows
     for name, parameter in expected.items():
         tensor = weights.tensors.get(name)
         reason = mismatch(name, tensor, parameter)
         if rows is not None and is_output(name) and has_rows(tensor, weights, parameter):
             if rows:
-                partly[name] = describe_rows(rows, class_names)
+                partly[name] = describe_rows(rows, ours)
             else:
                 skipped[name] = (
-                    f"output for other classes: {summarise(weights.class_names)} in the file, "
-                    f"{summarise(class_names)} here"
+                    f"output for other classes: {summarise(theirs)} in the file, "
+                    f"{summarise(ours)} here"
                 )
         elif reason is None:
             loaded.append(name)

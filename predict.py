@@ -230,6 +230,7 @@ class Results:
     def detect(self, predictor: Predictor, images: list[np.ndarray]) -> list[Detections]:
         """The predictor's answer, with the highest score remembered."""
         found = predictor(images, batch_size=len(images))
+        assert predictor.max_score is not None  # it has seen images
         self.max_score = max(predictor.max_score, self.max_score)
         return found
 

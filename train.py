@@ -37,6 +37,7 @@ from engine.start import (
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from nets.decode import YOLOV4_ANCHORS, read_anchors
+from nets.memory import move
 from utils.distributed import (
     broadcast_object,
     first_of_machine_first,
@@ -179,7 +180,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     scale_xy = choose_scale_xy(config.scale_xy, report, resume)
     num_classes = len(class_names)
     build_loss(config, YOLOV4_ANCHORS, num_classes, scale_xy)  # for the same reason
-    model = model.to(device, memory_format=torch.channels_last)
+    move(model, device)
     folder = broadcast_object(run_folder(config) if is_main() else None)
     with removed_if_unused(folder):
         train_samples, val_samples = broadcast_object(
@@ -309,9 +310,8 @@ def conf_loss_spec(config: Config) -> str:
 
 def recipe_values(config: Config) -> dict[str, Any]:
     """The constants that the recipe decides, as it alone gives them."""
-    values = dataclasses.asdict(Config()) | recipe_changes(
-        config.recipe, fine_tuning=bool(config.weights)
-    )
+    changes = recipe_changes(config.recipe, fine_tuning=bool(config.weights))
+    values = {**dataclasses.asdict(Config()), **changes}
     return {key: values[key] for key in FORK}
 
 
@@ -336,13 +336,12 @@ def make_recipe(config: Config, device: torch.device) -> Recipe:
 def training_set(config: Config, samples: list[Sample]) -> VocDataset:
     """The augmented training images."""
     hue, saturation, value = config.hsv
-    colour = {"hue": hue, "saturation": saturation, "value": value}
     strength = shared(config, ("scale", "mosaic_scale", "jitter", "flip_prob"))
     options = shared(
         config,
         ("mosaic_prob", "mixup_prob", "repeat_threshold", "cache", "cache_gb", "cache_dir", "seed"),
     )
-    augmentation = Augmentation(**strength, **colour)
+    augmentation = Augmentation(**strength, hue=hue, saturation=saturation, value=value)
     return VocDataset(samples, config.input_shape, train=True, augmentation=augmentation, **options)
 
 

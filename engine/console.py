@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from engine.figures import TERMS, EpochFigures, memory_gb
 from engine.recipe import Recipe
+from losses.yolo_loss import YOLOLoss
 from utils.distributed import is_main, world_size
 
 NOTHING_LEARNT = 0.01  # AP50
@@ -18,7 +19,7 @@ NOTHING_LEARNT = 0.01  # AP50
 
 def describe(
     model: nn.Module,
-    loss: nn.Module,
+    loss: YOLOLoss,
     recipe: Recipe,
     *,
     metadata: Mapping[str, Any],
@@ -27,7 +28,7 @@ def describe(
 ) -> str:
     """What is about to be trained, with the numbers that were derived from the constants.
 
-    loss: a YOLOLoss. metadata: as the Trainer takes them.
+    metadata: as the Trainer takes them.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

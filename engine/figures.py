@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,8 @@ class EpochFigures:
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
-        self.state = dict.fromkeys((*FIGURES, "updates", "images", "seconds", "looks"), 0.0)
+        sums = (*FIGURES, "updates", "images", "seconds", "looks")
+        self.state: dict[str, Any] = dict.fromkeys(sums, 0.0)  # as in a checkpoint
         self.state["groups"] = NO_GROUPS  # summed over the steps that looked at them
         self.state[CONF_ALPHA] = None  # of the last of these steps
         self.last: dict[str, float] = {}
@@ -116,7 +118,7 @@ class EpochFigures:
         """Images learnt per second of training, evaluation apart."""
         return self.state["images"] / max(self.state["seconds"], 1e-9)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> dict[str, float | None]:
         """The epoch's figures under their names in metrics.csv."""
         names = ("loc", "conf", "cls", *COUNTS, "grad_norm")
         return {

@@ -19,13 +19,13 @@ class BatchNormRollback:
 
     def __init__(self, model: nn.Module):
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.flat = torch.cat([t for m in norms for t in (m.running_mean, m.running_var)])
+        places = [(m, name) for m in norms for name in ("running_mean", "running_var")]
+        self.flat = torch.cat([getattr(module, name) for module, name in places])
         start = 0
-        for module in norms:
-            for name in ("running_mean", "running_var"):
-                size = getattr(module, name).numel()
-                setattr(module, name, self.flat[start : start + size])
-                start += size
+        for module, name in places:
+            size = getattr(module, name).numel()
+            setattr(module, name, self.flat[start : start + size])
+            start += size
         self.saved = self.flat.clone()
 
     def snapshot(self) -> None:

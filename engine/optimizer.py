@@ -148,6 +148,8 @@ class Ema(AveragedModel):
         pairs = list(zip(averaged, current, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), 1 - decay)
+        own, new = map(list, zip(*floats, strict=True))
+        torch._foreach_lerp_(own, new, 1 - decay)
         if counts:
-            torch._foreach_copy_(*map(list, zip(*counts, strict=True)))
+            own, new = map(list, zip(*counts, strict=True))
+            torch._foreach_copy_(own, new)

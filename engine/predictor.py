@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
-from typing import Any
+from os import PathLike, fspath
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from weights.checkpoint import build_model
 from weights.foreign import FileMetadata, read_network
 
 ImageLike = str | PathLike | np.ndarray | Image.Image
+Some = TypeVar("Some", bound=ImageLike)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Predictor:
     ):
         self.device = select_device(str(device or ""))
         self.dtype = detection_dtype(amp, self.device)
-        checkpoint = read_network(weights, metadata or FileMetadata())
+        checkpoint = read_network(fspath(weights), metadata or FileMetadata())
         self.class_names = tuple(checkpoint["class_names"])
         self.class_thresholds: dict[str, float] = {}  # empty: conf_threshold holds for all
         self.stand_in = conf_threshold is None and not is_measured(checkpoint["metrics"])
@@ -89,8 +90,16 @@ class Predictor:
             keep_freed_memory()
         self.max_score: float | None = None
 
+    @overload
+    def __call__(self, images: ImageLike, *, batch_size: int = 8) -> Detections: ...
+
+    @overload
     def __call__(
-        self, images: ImageLike | Sequence[ImageLike], *, batch_size: int = 8
+        self, images: list[Some] | tuple[Some, ...], *, batch_size: int = 8
+    ) -> list[Detections]: ...
+
+    def __call__(
+        self, images: ImageLike | list[Some] | tuple[Some, ...], *, batch_size: int = 8
     ) -> Detections | list[Detections]:
         """Detect in an image, or in a list of them, `batch_size` at a time.
 

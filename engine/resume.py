@@ -5,7 +5,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import tyro
 
@@ -13,7 +13,25 @@ from engine.console import resume_command
 from utils.errors import UserError
 from weights.checkpoint import read_checkpoint
 
-Config = TypeVar("Config")
+
+class RunConfig(Protocol):
+    """What is read here of a run's Config, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def recipe(self) -> str: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def conf_loss(self) -> str: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def resume(self) -> str: ...
+
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def parse_config(
@@ -115,8 +133,8 @@ def check_same_classes(
 
 
 def check_same_settings(settings: Mapping[str, Any], checkpoint: Mapping[str, Any] | None) -> None:
-    """A resumed run keeps the settings of its confidence loss: gain, normalizer and so on."""
-    old = None if checkpoint is None else checkpoint["config"].get("conf_settings")
+    """A run that goes on keeps what its confidence loss declares: gain, normalizer and so on."""
+    old = {} if checkpoint is None else checkpoint["config"].get("conf_settings") or {}
     changed = [name for name, value in settings.items() if old and old[name] != value]
     if changed:
         name = changed[0]

@@ -136,6 +136,7 @@ class RunLog:
 
     def evaluation(self, evaluation: Evaluation, conf_loss: str, step: int) -> None:
         """What an evaluation with the loss says of scores and cells: two images and the cells."""
+        assert evaluation.cells is not None  # with the loss they are there
         thresholds = {"best F1": evaluation.conf_threshold}
         plot_reliability(
             self.folder / "reliability.png",

@@ -111,9 +111,10 @@ def choose_anchors(
     """
     if path:
         return read_anchors(path)
-    loaded = report is not None and report.heads_loaded
-    known = resume["anchors"] if resume is not None else report.anchors if loaded else None
-    if known is not None or loaded:
+    loaded = report if report is not None and report.heads_loaded else None
+    known = loaded.anchors if loaded is not None else None
+    known = resume["anchors"] if resume is not None else known
+    if known is not None or loaded is not None:
         return tuple(map(tuple, known or YOLOV4_ANCHORS))
     size = median_size(samples, input_shape)
     factor = max(size / math.sqrt(math.prod(YOLOV4_ANCHORS[2])), SMALLEST_ANCHORS)
@@ -135,8 +136,8 @@ def median_size(samples: Sequence[Sample], input_shape: tuple[int, int]) -> floa
         boxes = sample.boxes_xyxy[~sample.difficult]
         scale = min(have / need for have, need in zip(input_shape, sample.image_hw, strict=True))
         sizes.append(np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)) * scale)
-    sizes = np.concatenate(sizes)
-    return float(np.median(sizes)) if len(sizes) else math.nan
+    joined = np.concatenate(sizes)
+    return float(np.median(joined)) if len(joined) else math.nan
 
 
 def set_prior(model: YoloV4, prior_pi: float | None, report: LoadReport | None) -> None:

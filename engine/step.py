@@ -140,7 +140,8 @@ class TrainStep:
             self.scaler.step(self.optimizer)  # skips by itself
             self.scaler.update()
         else:
-            self.optimizer.found_inf = (~self.finite).float()
+            # Fused optimizers skip by it; torch's GradScaler sets it so, but its stubs lack it.
+            self.optimizer.found_inf = (~self.finite).float()  # type: ignore[attr-defined]
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:

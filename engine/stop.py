@@ -19,7 +19,7 @@ def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
         return
 
     def on_signal(number: int, _frame) -> None:
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
         request_stop()
 
     previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}

@@ -25,6 +25,7 @@ from engine.step import TrainStep, blank_batch
 from engine.stop import stop_on_signal
 from metrics.evaluator import Evaluation, evaluate
 from nets.cpu import use_fast_mish
+from nets.yolo import YoloV4
 from utils.distributed import broadcast_buffers, is_main, rank, world_size
 from utils.errors import UserError
 from weights.checkpoint import cpu_copy, save_checkpoint
@@ -42,7 +43,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        model: nn.Module,
+        model: YoloV4,
         loss: nn.Module,
         train_set: VocDataset,
         val_samples: Sequence[Sample],

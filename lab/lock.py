@@ -11,7 +11,7 @@ from utils.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module that is not there has no other form
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -17,7 +16,7 @@ from engine.predictor import Predictor
 from lab.plan import read_json
 from lab.results import Result
 from losses.conf.cells import HARD_OBJECTNESS
-from metrics.plots import clean, column, plain, plot_cumulative_loss
+from metrics.plots import clean, column, distinct_colours, plain, plot_cumulative_loss
 from utils.draw import draw_boxes
 
 DPI = 110
@@ -34,16 +33,16 @@ def plot_learning_curves(path: Path, results: Mapping[str, Sequence[Result]]) ->
     """
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
-    colours = colormaps["tab10" if len(results) <= 10 else "tab20"].colors
+    colours = distinct_colours(len(results))
     for index, (loss, own) in enumerate(results.items()):
         curve = over_seeds(own, "val_ap50")
         if curve is None:
             continue
         epochs, values = curve
-        style = {"color": colours[index % len(colours)]}
+        colour = colours[index % len(colours)]
         low, high = np.nanmin(values, axis=0), np.nanmax(values, axis=0)
-        axes.plot(epochs, np.nanmean(values, axis=0), label=plain(loss), marker=".", **style)
-        axes.fill_between(epochs, low, high, alpha=0.15, linewidth=0, **style)
+        axes.plot(epochs, np.nanmean(values, axis=0), label=plain(loss), marker=".", color=colour)
+        axes.fill_between(epochs, low, high, alpha=0.15, linewidth=0, color=colour)
     if not axes.get_lines():
         return False
     axes.set(xlabel="epoch", ylabel="AP50 on the validation split", ylim=(0, None))
@@ -55,8 +54,8 @@ def plot_learning_curves(path: Path, results: Mapping[str, Sequence[Result]]) ->
 
 def plot_shares(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
     """Whose gradient it is, over epochs, a panel a loss: means over the seeds. False: no data."""
-    found = {loss: gradient_shares(own) for loss, own in results.items()}
-    found = {loss: shares for loss, shares in found.items() if shares is not None}
+    measured = {loss: gradient_shares(own) for loss, own in results.items()}
+    found = {loss: shares for loss, shares in measured.items() if shares is not None}
     if not found:
         return False
     last = max(2, *(epochs.max() for epochs, _ in found.values()))  # one axis for all panels
@@ -103,8 +102,9 @@ def over_seeds(results: Sequence[Result], key: str) -> tuple[np.ndarray, np.ndar
 
 def gradient_shares(results: Sequence[Result]) -> tuple[np.ndarray, list[np.ndarray]] | None:
     """Epochs, and for each of GROUPS its share of |d conf / d logit|, the mean over seeds."""
-    curves = [over_seeds(results, f"conf_grad_{group}") for group in GROUPS]
-    if any(curve is None for curve in curves):
+    found = [over_seeds(results, f"conf_grad_{group}") for group in GROUPS]
+    curves = [curve for curve in found if curve is not None]
+    if len(curves) < len(GROUPS):
         return None
     return curves[0][0], [np.nanmean(values, axis=0) for _, values in curves]
 

@@ -155,9 +155,10 @@ def difference(own: Mapping[int, float], first: Mapping[int, float]) -> Differen
     pair's difference, and the interval is mean +- t s / sqrt(n) over the pairs alone.
     """
     pairs = [own[seed] - first[seed] for seed in own if seed in first]
-    if not pairs:
+    found = spread(pairs)
+    if found is None:
         return None
-    mean, deviation = spread(pairs)
+    mean, deviation = found
     degrees = min(len(pairs) - 1, len(T_QUANTILES))  # beyond 30 the interval is a little too wide
     margin = T_QUANTILES[degrees - 1] * deviation / math.sqrt(len(pairs))  # nan for one pair
     return Difference(mean, mean - margin, mean + margin, len(pairs))

@@ -182,7 +182,7 @@ class Laboratory:
 
     def _stop_children(self) -> None:
         """Ask all children to stop and wait for them: a training saves what it has learnt."""
-        asked = -STOP_SECONDS
+        asked = -float(STOP_SECONDS)
         while any(child.process.poll() is None for child in self.children):
             if time.monotonic() - asked > STOP_SECONDS:
                 asked = time.monotonic()

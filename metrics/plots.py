@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.typing import ColorType
 
 from metrics.calibration import CALIBRATION_FLOOR
 
@@ -22,7 +23,7 @@ RECALL_GRID = np.linspace(0, 1, 101)
 # Of the cells, the share whose loss the legend tells: negatives are a thousand times as many.
 HARDEST = {"positive": 0.1, "negative": 0.01}
 
-Row = Mapping[str, object]
+Row = Mapping[str, str | float | None]
 
 
 def plot_losses(path: str | Path, rows: Sequence[Row]) -> None:
@@ -83,7 +84,7 @@ def plot_precision_recall(
     axes = figure.subplots()
     ranked = sorted(curves, key=lambda name: -average_precisions[name])
     many = len(ranked) > MAX_NAMED_CLASSES
-    colours = colormaps["tab10" if len(ranked) <= 10 else "tab20"].colors
+    colours = distinct_colours(len(ranked))
     for index, name in enumerate(ranked):
         style = {"color": "0.75", "linewidth": 0.7} if many else {"color": colours[index]}
         label = None if many else f"{average_precisions[name]:.3f}  {plain(name)}"
@@ -159,7 +160,7 @@ def plot_cumulative_loss(path: str | Path, histograms: Mapping[str, Mapping[str,
 
 def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Epochs and values of the rows where a number was measured."""
-    points = [(float(row["epoch"]), number(row.get(key))) for row in rows]
+    points = [(number(row["epoch"]), number(row.get(key))) for row in rows]
     measured = [(epoch, value) for epoch, value in points if math.isfinite(value)]
     epochs, values = np.array(measured, dtype=float).reshape(-1, 2).T
     return epochs, values
@@ -195,23 +196,23 @@ def _cumulative_panel(
     """A curve a label. ticks: where on the axis the `fractions` of the cells are drawn."""
     axes.plot(ticks, fractions, ":", color="0.5", label="if every cell had the same loss")
     hardest = HARDEST[group]
-    colours = colormaps["tab10" if len(histograms) <= 10 else "tab20"].colors
+    colours = distinct_colours(len(histograms))
     found = False
     for index, (label, histogram) in enumerate(histograms.items()):
         curve = cumulative_share(histogram[group]["cells"], histogram[group]["loss"])
-        style = {"color": colours[index % len(colours)]}
+        colour = colours[index % len(colours)]
         if curve is None:
-            axes.plot([], [], label=f"none  {plain(label)}", **style)
+            axes.plot([], [], label=f"none  {plain(label)}", color=colour)
             continue
         found = True
         share = 1 - np.interp(1 - hardest, *curve)
-        style["label"] = f"{share:4.0%}  {plain(label)}"
-        axes.plot(ticks, np.interp(fractions, *curve), **style)
+        told = f"{share:4.0%}  {plain(label)}"
+        axes.plot(ticks, np.interp(fractions, *curve), label=told, color=colour)
     if not found:
         axes.text(0.5, 0.1, f"no {group}s with a loss", ha="center", transform=axes.transAxes)
     title = f"share of the loss in the hardest {hardest:.0%}"
-    place = {"loc": "upper left", "bbox_to_anchor": (0, -0.13), "alignment": "left"}
-    axes.legend(title=title, frameon=False, **place)  # below: curves may be anywhere
+    place = {"bbox_to_anchor": (0, -0.13), "alignment": "left"}  # below: curves may be anywhere
+    axes.legend(title=title, frameon=False, loc="upper left", **place)
     axes.set(title=f"{group.capitalize()}s", ylim=(0, 1.02), xlim=(0, ticks[-1]))
     axes.set(xlabel=f"{group}s, from easy to hard", ylabel="share of their loss up to there")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -227,15 +228,20 @@ def _mark_scores(axes: Axes, thresholds: Mapping[str, float]) -> None:
         axes.axvline(score, color="black", linestyle=line, linewidth=1, label=label)
 
 
+def distinct_colours(count: int) -> list[ColorType]:
+    """Matplotlib's ten colours, or its twenty where ten are not enough."""
+    return color_sequences["tab10" if count <= 10 else "tab20"]
+
+
 def plain(text: str) -> str:
     """A label as it stands: "$" would start mathematics, and "_" in front hide it."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
 
-def number(value: object) -> float:
+def number(value: str | float | None) -> float:
     """A float; nan for None and for the empty field of a table."""
-    return math.nan if value in (None, "") else float(value)
+    return math.nan if value is None or value == "" else float(value)
 
 
 def _curve(
@@ -249,7 +255,12 @@ def _curve(
 
 
 def _finish(
-    axes: Axes, title: str, ylabel: str, *, legend: str = "best", logarithmic: bool = True
+    axes: Axes,
+    title: str,
+    ylabel: str,
+    *,
+    legend: Literal["best", "lower right"] = "best",
+    logarithmic: bool = True,
 ) -> None:
     """Title, labels, legend, scale and whole epochs."""
     lines = axes.get_lines()

@@ -8,7 +8,6 @@ the same run: matrix products (bfloat16 on a GPU), a copy of 128 MiB, the decodi
 
 import dataclasses
 import datetime
-import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from benchmarks.rows import CPU_ROWS, CUDA_ROWS, Machine, Row
+from benchmarks.rows import CPU_ROWS, CUDA_ROWS, Machine, Row, number
 from utils.errors import UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,13 +113,6 @@ def table_lines(row: Row, output: str, machine: Machine, *, with_limit: bool) ->
             f"| {figure.what} | `{row.command}` | {figure.aim} | {measured:g} | {limit} | {share} |"
         )
     return lines
-
-
-def number(pattern: str, output: str) -> float:
-    found = re.search(pattern, output)
-    if found is None:
-        raise UserError(f"no line like {pattern!r} in the output of a benchmark:\n{output}")
-    return float(found[1].replace(",", ""))
 
 
 def table(config: Config, machine: Machine, lines: list[str], *, minutes: float) -> str:

@@ -16,6 +16,7 @@ from engine.optimizer import Ema, build_optimizer
 from engine.recipe import amp_dtype
 from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
+from nets.memory import move
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
 from utils.errors import UserError, run_script
@@ -60,7 +61,7 @@ def make_step(config: Config) -> tuple[TrainStep, Tensor, Tensor]:
     torch.manual_seed(0)
     device = torch.device(config.device)
     model = YoloV4(config.num_classes, width=config.width, depth=config.depth)
-    model.to(device, memory_format=torch.channels_last).train()
+    move(model, device).train()
     loss = YOLOLoss(ANCHORS, config.num_classes, config.input_shape, conf_loss=config.conf_loss).to(
         device
     )

@@ -17,7 +17,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -164,16 +164,17 @@ def draw_image(folder: Path, config: Config) -> Path:
     return path
 
 
-def network_alone(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], object]:
+def network_alone(fork: ForkYolo, folder: Path, config: Config) -> Callable[[], Sized]:
     images = torch.rand(1, 3, *config.input_shape)
     if config.variant in ENGINES:
         return engine(config.variant, as_onnx(fork, folder, images), images.numpy())
     images = images.to(config.device)
+    network: nn.Module = fork
     if config.variant == "ours":
-        fork = as_predictor(fork, folder, config).model
+        network = as_predictor(fork, folder, config).model
         images = images.contiguous(memory_format=torch.channels_last)
-    fork.to(config.device)
-    return torch.inference_mode()(lambda: fork(images))
+    network.to(config.device)
+    return torch.inference_mode()(lambda: network(images))
 
 
 def as_onnx(fork: ForkYolo, folder: Path, images: Tensor) -> Path:
@@ -187,7 +188,7 @@ def as_onnx(fork: ForkYolo, folder: Path, images: Tensor) -> Path:
     return path
 
 
-def engine(name: str, path: Path, images: np.ndarray) -> Callable[[], object]:
+def engine(name: str, path: Path, images: np.ndarray) -> Callable[[], Sized]:
     """A call that runs the network with another engine, on as many threads as torch has."""
     threads = torch.get_num_threads()
     if name == "onnxruntime":

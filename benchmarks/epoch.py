@@ -30,6 +30,7 @@ from engine.optimizer import Ema, build_optimizer
 from engine.recipe import amp_dtype
 from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
+from nets.memory import move
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
 from utils.errors import UserError, run_script
@@ -103,7 +104,7 @@ def make_loader(config: Config, samples: list[Sample]) -> TrainingLoader:
 def make_step(config: Config, classes: int) -> TrainStep:
     device = torch.device(config.device)
     model = YoloV4(classes, width=config.width, depth=config.depth)
-    model.to(device, memory_format=torch.channels_last).train()
+    move(model, device).train()
     return TrainStep(
         model=model,
         loss=YOLOLoss(ANCHORS, classes, config.input_shape).to(device),

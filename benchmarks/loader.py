@@ -151,12 +151,12 @@ def measure_parts(samples: list[Sample], config: Config) -> dict[str, float]:
     four quadrants resized from as many pixels each, HSV gains."""
     path = samples[0].image_path
     half = reduce(read_image(path), 2)
-    quadrant = tuple(side // 2 for side in config.input_shape)
+    height, width = config.input_shape
     canvas = np.zeros((*config.input_shape, 3), np.uint8)
 
     def draw() -> None:
         for _ in range(4):
-            resize(half, quadrant)
+            resize(half, (height // 2, width // 2))
         scale_hsv(canvas, (1.1, 0.8, 1.2))
 
     calls = {"decode": lambda: reduce(read_image(path), 2), "draw": draw}

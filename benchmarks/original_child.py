@@ -90,7 +90,7 @@ def run_sample(job: dict[str, Any]) -> dict[str, float]:
 def run_step(job: dict[str, Any]) -> dict[str, float]:
     """Forward, loss, backward and SGD, in float32 as it ships; without DataParallel around it."""
     before = start_memory(job["device"])
-    from nets.yolo import YoloBody
+    from nets.yolo import YoloBody  # type: ignore[attr-defined]  # the clone's nets, not ours
 
     images, targets = torch.load("batch.pt")
     images = images.float() / 255  # by its loader's workers: not part of the step
@@ -113,7 +113,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     decayed = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     known = {id(weight) for weight in decayed}
     others = [parameter for parameter in model.parameters() if id(parameter) not in known]
-    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 5e-4}, {"params": others}]
     return torch.optim.SGD(groups, lr=0.01, momentum=0.937, nesterov=True)
 
 
@@ -130,7 +130,7 @@ def run_detect(job: dict[str, Any]) -> dict[str, float]:
 
 def make_detector(job: dict[str, Any]) -> Callable[[float], np.ndarray]:
     """What finds an image's boxes at a threshold and returns their scores."""
-    from nets.yolo import YoloBody
+    from nets.yolo import YoloBody  # type: ignore[attr-defined]  # the clone's nets, not ours
     from utils.utils import cvtColor, preprocess_input, resize_image
     from utils.utils_bbox import DecodeBox
 
@@ -143,7 +143,7 @@ def make_detector(job: dict[str, Any]) -> Callable[[float], np.ndarray]:
     @torch.no_grad()
     def find(threshold: float) -> np.ndarray:
         image = Image.open("image.jpg")
-        image_hw = np.shape(image)[:2]
+        image_hw = np.asarray(image).shape[:2]
         resized = resize_image(cvtColor(image), (width, height), False)
         pixels = preprocess_input(np.array(resized, dtype=np.float32)).transpose(2, 0, 1)[None]
         decoded = torch.cat(

@@ -64,7 +64,7 @@ def main() -> None:
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     python = opencv_python()
     if config.freeze:
-        freeze(config, python)
+        freeze(config, python, config.freeze)
         return
     worst = max(compare(config, python, input_shape) for input_shape in SIZES)
     if worst > TOLERANCE:
@@ -118,6 +118,7 @@ def random_network(config: Config, input_shape: tuple[int, int]) -> YoloV4:
             module.bias.uniform_(-0.5, 0.5)
             module.momentum = None  # plain mean
     for head in (network.head_p3, network.head_p4, network.head_p5):
+        assert head.output.bias is not None  # it has no BN
         head.output.bias.uniform_(-1, 1)
     network.train()(torch.from_numpy(random_images(config.seed + 1, input_shape, count=2)))
     return network.eval()
@@ -129,7 +130,7 @@ def frozen_network() -> YoloV4:
     network = YoloV4(2, width=0.05, depth=0.1)
     state = {}
     for name, shape in layout_of(network).items():
-        values = generator.standard_normal(shape, dtype=np.float32)
+        values: np.ndarray = generator.standard_normal(shape, dtype=np.float32)
         if name.endswith(("bn.weight", "running_var")):
             values = 1 + 0.2 * np.tanh(values)
         elif len(shape) == 4:
@@ -164,7 +165,7 @@ def run_opencv(
         np.save(folder / "images.npy", images)
         paths = [folder / file for file in ("network.cfg", "network.weights", "images.npy")]
         result = folder / "result.npy"
-        command = [python, "-c", READER, *paths, result]
+        command: list[str | Path] = [python, "-c", READER, *paths, result]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"OpenCV could not run the network:\n{done.stderr}")
@@ -182,14 +183,14 @@ def run_ours(network: YoloV4, images: np.ndarray, cfg: Cfg) -> np.ndarray:
     return torch.cat((centre / scale, size / scale, boxes[:, 4:5]), dim=1).numpy()
 
 
-def freeze(config: Config, python: Path) -> None:
+def freeze(config: Config, python: Path, path: Path) -> None:
     """Keep OpenCV's result for a network that the tests can build again from the same seed."""
     network = frozen_network()
     cfg = describe(dataclasses.replace(config, num_classes=network.num_classes), FROZEN_SHAPE)
     theirs, version = run_opencv(python, network, random_images(0, FROZEN_SHAPE), cfg)
     rows = [[float(f"{value:.6g}") for value in row] for row in theirs]
-    config.freeze.write_text(json.dumps({"opencv": version, "boxes_cxcywh_objectness": rows}))
-    print(f"wrote {len(rows)} boxes to {config.freeze}")
+    path.write_text(json.dumps({"opencv": version, "boxes_cxcywh_objectness": rows}))
+    print(f"wrote {len(rows)} boxes to {path}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 
 from tools.summary import convolution_flops, meta_model, trace_layers
+from utils.errors import UserError
 
 INPUT = (416, 416)
 NUMBER = r"([\d,]+\.?\d*)"
@@ -48,6 +49,14 @@ def network_flops() -> float:
     return convolution_flops(trace_layers(meta_model(20), INPUT))
 
 
+def number(pattern: str, output: str) -> float:
+    """What a benchmark has printed. Raises UserError where it has not."""
+    found = re.search(pattern, output)
+    if found is None:
+        raise UserError(f"no line like {pattern!r} in the output of a benchmark:\n{output}")
+    return float(found[1].replace(",", ""))
+
+
 def forward_floor(machine: Machine, _: str) -> tuple[str, float]:
     work = network_flops()
     return f"{work / 1e9:.0f} GFLOP of convolution", work / machine.flops
@@ -55,7 +64,7 @@ def forward_floor(machine: Machine, _: str) -> tuple[str, float]:
 
 def step_floor(machine: Machine, output: str) -> tuple[str, float]:
     """Forward, gradient of the inputs, gradient of the weights: three times the forward's work."""
-    batch = int(re.search(r"batch_size=(\d+)", output)[1])
+    batch = int(number(r"batch_size=(\d+)", output))
     work = 3 * batch * network_flops()
     return f"{work / 1e9:,.0f} GFLOP of convolution", work / machine.flops
 
@@ -63,8 +72,8 @@ def step_floor(machine: Machine, output: str) -> tuple[str, float]:
 def loss_floor(machine: Machine, output: str) -> tuple[str, float]:
     """Gradients are written once; the five numbers of each cell that all need share a cache line
     or two of 64 bytes, read forward and written backward."""
-    gradients = 1e6 * float(re.search(rf"writes {NUMBER} MB", output)[1])
-    batch = int(re.search(r"batch_size=(\d+)", output)[1])
+    gradients = 1e6 * number(rf"writes {NUMBER} MB", output)
+    batch = int(number(r"batch_size=(\d+)", output))
     lines = 3 * 1.3 * 64 * batch * sum((INPUT[0] // s) * (INPUT[1] // s) for s in (8, 16, 32))
     total = gradients + 2 * lines
     return f"{total / 1e6:.0f} MB", total / machine.copied_bytes
@@ -74,8 +83,7 @@ def loader_floor(pattern: str) -> Callable[[Machine, str], tuple[str, float]]:
     """What the loader's own script has timed: the parts that no sample can do without."""
 
     def floor(_: Machine, output: str) -> tuple[str, float]:
-        found = re.search(rf"{pattern} {NUMBER} ms", output)
-        return pattern, float(found[1]) / 1e3
+        return pattern, number(rf"{pattern} {NUMBER} ms", output) / 1e3
 
     return floor
 

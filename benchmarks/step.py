@@ -30,6 +30,7 @@ from engine.optimizer import build_optimizer
 from engine.recipe import amp_dtype
 from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
+from nets.memory import move
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS, reference_loss
 from tools.summary import convolution_flops, meta_model, trace_layers
@@ -137,7 +138,7 @@ def our_step(config: Config, images: Tensor, targets: Tensor) -> Callable[[], ob
 
 
 def our_network(config: Config) -> YoloV4:
-    model = YoloV4(config.num_classes).to(config.device, memory_format=torch.channels_last)
+    model = move(YoloV4(config.num_classes), config.device)
     model.backbone.recompute = config.recompute
     return model
 
@@ -163,6 +164,7 @@ def fork_step(config: Config, images: Tensor, targets: Tensor) -> Callable[[], o
 def network_step(config: Config, images: Tensor, _targets: Tensor) -> Callable[[], None]:
     """Forward and backward of one network, its input on the device before the clock starts."""
     device, dtype = torch.device(config.device), None
+    model: nn.Module
     if config.variant == "ours":
         model, inputs = our_network(config), to_input(images, device)
         dtype = amp_dtype(config.amp, device)

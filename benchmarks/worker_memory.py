@@ -79,7 +79,8 @@ def measure(config: Config) -> dict[str, object]:
             sampler.set_epoch(number)
             for _ in loader:
                 pass
-            workers = sorted(child.pid for child in multiprocessing.active_children())
+            children = multiprocessing.active_children()
+            workers = sorted(child.pid for child in children if child.pid is not None)
             epochs.append([worker_memory(pid) for pid in workers])
     return {"held": held, "epochs": epochs}
 

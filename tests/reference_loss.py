@@ -64,9 +64,7 @@ def best_anchor(width: float, height: float) -> int:
     return best
 
 
-def build_target(
-    targets: Tensor, scale: int, shape: tuple[int, int, int, int], num_classes: int
-) -> Tensor:
+def build_target(targets: Tensor, scale: int, shape: torch.Size, num_classes: int) -> Tensor:
     """(B, 3, H, W, 5 + C) cx, cy, w, h in cells, objectness, classes; zeros where no object is."""
     batch, _, rows, columns = shape
     y_true = torch.zeros(batch, 3, rows, columns, 5 + num_classes)

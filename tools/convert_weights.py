@@ -95,7 +95,7 @@ def main() -> None:
     else:
         write_darknet(source, config.target)
     print(f"{source.weights.source}\n-> {config.target} ({SUFFIXES[config.target.suffix]})")
-    if cfg is not None:
+    if cfg is not None and config.cfg_out:
         with replacing(config.cfg_out) as file:
             file.write(write_cfg(source.network, cfg).encode())
         print(f"-> {config.cfg_out} (darknet cfg)")
@@ -179,11 +179,13 @@ def write_fork(source: Source, target: Path) -> None:
     if all(name.startswith(BACKBONE) for name in tensors):
         names = {name: fork.removeprefix(BACKBONE) for name, fork in names.items()}
     state = OrderedDict((names[name], tensor) for name, tensor in cpu_copy(tensors).items())
-    state._metadata = {}  # where torch keeps what is no tensor: a way back that loses nothing
+    metadata: dict[str, Any] = {}
     if source.weights.header:
-        state._metadata[DARKNET] = dataclasses.asdict(source.weights.header)
+        metadata[DARKNET] = dataclasses.asdict(source.weights.header)
     if source.scale_xy is not None:
-        state._metadata["scale_xy"] = tuple(source.scale_xy)
+        metadata["scale_xy"] = tuple(source.scale_xy)
+    # Where torch keeps what is no tensor, too; its state_dict() sets it on an OrderedDict as well.
+    state._metadata = metadata  # type: ignore[attr-defined]
     with replacing(target) as file:
         torch.save(state, file)
 

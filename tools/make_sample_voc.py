@@ -143,7 +143,7 @@ def draw_tree(root: Path, *, images: int, seed: int, difficulty: str, progress: 
     planner = np.random.default_rng(seed)
     splits = split_indices(images, planner)
     plan = plan_objects(splits, difficulty, planner)
-    drawn = Counter()
+    drawn: Counter[str] = Counter()
     for index in tqdm(range(images), desc="drawing", unit="image", disable=not progress):
         # its own generator: an image does not depend on those drawn before it
         image = draw_image(plan[index], difficulty, np.random.default_rng((seed, index)))

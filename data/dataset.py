@@ -75,14 +75,14 @@ class VocDataset(Dataset[Item]):
         self.repeats = repeat_factors(samples, repeat_threshold)
         self._blocks = EpochBlocks(len(samples), seed=seed, repeats=self.repeats)
         # Shared memory: persistent workers hold copies of this object, but see this tensor.
-        self._epoch_and_strong = torch.tensor([0, 1]).share_memory_()
+        self._epoch_and_mosaic = torch.tensor([0, 1]).share_memory_()
 
-    def set_epoch(self, epoch: int, *, strong: bool = True) -> None:
-        """Choose the epoch's random numbers, in all workers; without `strong`, no mosaic, no mixup.
+    def set_epoch(self, epoch: int, *, mosaic: bool = True) -> None:
+        """Choose the epoch's random numbers, in all workers; without `mosaic`, no mosaic, no mixup.
 
         Call it before iterating over a DataLoader: workers read ahead.
         """
-        self._epoch_and_strong.copy_(torch.tensor([epoch, int(strong)]))
+        self._epoch_and_mosaic.copy_(torch.tensor([epoch, int(mosaic)]))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -100,9 +100,9 @@ class VocDataset(Dataset[Item]):
         return to_item(LabelledImage(image, boxes_xyxy.numpy(), target_ids(sample)))
 
     def _augmented(self, index: int) -> Item:
-        epoch, strong = self._epoch_and_strong.tolist()
+        epoch, mosaic = self._epoch_and_mosaic.tolist()
         rng = random_generator(self.seed, epoch, index)
-        if not strong or rng.random() >= self.mosaic_prob:
+        if not mosaic or rng.random() >= self.mosaic_prob:
             return to_item(self._single(index, rng))
         near = self._blocks.around(index, epoch=epoch)
         *partners, mixed = near[rng.integers(len(near), size=4)].tolist()

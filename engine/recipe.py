@@ -93,7 +93,7 @@ class Recipe:
         """The largest of all `input_size`."""
         return None if self.multi_scale is None else self.multi_scale.sizes[-1]
 
-    def phases_to_rehearse(self, epoch: int, *, on_gpu: bool) -> list[Phase]:
+    def phases_to_dry_run(self, epoch: int, *, on_gpu: bool) -> list[Phase]:
         """The phases from `epoch` on whose memory is tried before anything is learnt.
 
         That of an unfrozen phase after a frozen one; on a GPU also that of inputs which grow. A

@@ -81,7 +81,7 @@ class TrainStep:
             self.finite = torch.ones_like(self.finite)
         return HostFigures(dict(terms, grad_norm=norm, finite=finite, skipped=skipped))
 
-    def rehearse(
+    def dry_run(
         self, images: Tensor, targets: Tensor, size_hw: tuple[int, int] | None = None
     ) -> None:
         """A step's forward and backward that leave no trace, to learn whether memory suffices."""

@@ -89,7 +89,7 @@ class Trainer:
         Raises UserError when memory runs out, or only non-finite steps come or have come.
         """
         try:
-            self._rehearse()
+            self._dry_run()
             with stop_on_signal(self._request_stop):
                 for phase in self.recipe.phases:
                     if self.epoch < phase.last_epoch and not self._stops:
@@ -121,13 +121,13 @@ class Trainer:
     def _request_stop(self) -> None:
         self.stop_requested = True
 
-    def _rehearse(self) -> None:
+    def _dry_run(self) -> None:
         """Out of memory, unfrozen or at the largest input, must come now, not after hours."""
         states, on_gpu = random_states(), self.device.type == "cuda"
-        for phase in self.recipe.phases_to_rehearse(self.epoch, on_gpu=on_gpu):
+        for phase in self.recipe.phases_to_dry_run(self.epoch, on_gpu=on_gpu):
             self._freeze(phase.frozen)
             images, targets = blank_batch(phase.batch_size, self.metadata["input_shape"])
-            self.step.rehearse(images, targets, self.recipe.largest_input)
+            self.step.dry_run(images, targets, self.recipe.largest_input)
         restore_random_states(states)
 
     def _run_phase(self, phase: Phase) -> None:
@@ -161,8 +161,8 @@ class Trainer:
 
     def _run_epoch(self, phase: Phase, sampler: EpochBatchSampler, loader: TrainingLoader) -> None:
         self._freeze(phase.frozen)
-        strong = self.epoch < self.recipe.strong_share * self.recipe.epochs
-        self.train_set.set_epoch(self.epoch, strong=strong)
+        mosaic = self.epoch < self.recipe.strong_share * self.recipe.epochs
+        self.train_set.set_epoch(self.epoch, mosaic=mosaic)
         if self.epoch_step and self.steps != len(sampler):
             self._say("the number of images or processes has changed: this epoch begins again")
             self.epoch_step = 0

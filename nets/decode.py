@@ -50,7 +50,7 @@ def decode_grid_boxes(
 ) -> tuple[Tensor, Tensor]:
     """Raw tx, ty, tw, th -> centre and size in the units of `offsets` and `anchor_wh`.
 
-    raw: (..., >=4). FACTS: x = i + s * sigmoid(tx) - (s - 1) / 2, w = exp(tw) * anchor_w.
+    raw: (..., >=4). x = i + s * sigmoid(tx) - (s - 1) / 2, w = exp(tw) * anchor_w.
     """
     # offsets last: the result keeps the memory order of `raw`, which the loss reads faster
     centre = raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2 + offsets

@@ -134,12 +134,12 @@ def white(tmp_path):
     return read_split(f"{tmp_path / 'VOC'}:train", CLASSES)
 
 
-def shares(samples, *, strong=True, **probabilities):
+def shares(samples, *, mosaic=True, **probabilities):
     """The shares of mosaics and of mixed-up images among 200 items."""
     dataset = VocDataset(samples, (32, 32), train=True, augmentation=PLAIN, **probabilities)
     mosaics = mixed = 0
     for epoch in range(200):
-        dataset.set_epoch(epoch, strong=strong)
+        dataset.set_epoch(epoch, mosaic=mosaic)
         image, targets = dataset[0]
         mosaics += len(targets) > 1
         mixed += bool(((image > 190) & (image < 193)).any())  # the mean of white and grey
@@ -158,12 +158,12 @@ def test_mosaic_and_mixup_come_as_often_as_their_probabilities_say(
     assert found == pytest.approx(expected, abs=0.1)
 
 
-def test_without_strong_there_is_no_mosaic_and_no_mixup(white):
-    assert shares(white, strong=False, mosaic_prob=1, mixup_prob=1) == (0, 0)
+def test_without_mosaic_there_is_no_mosaic_and_no_mixup(white):
+    assert shares(white, mosaic=False, mosaic_prob=1, mixup_prob=1) == (0, 0)
 
 
 def epochs_of_batches(samples, num_workers, epochs=3, **kwargs):
-    """Every batch of some epochs, the last one without strong augmentation."""
+    """Every batch of some epochs, the last one without mosaic."""
     dataset = VocDataset(samples, (32, 64), train=True, seed=5)
     sampler = EpochBatchSampler(len(dataset), 2, seed=5)
     loader = DataLoader(
@@ -177,7 +177,7 @@ def epochs_of_batches(samples, num_workers, epochs=3, **kwargs):
     )
     batches = []
     for epoch in range(epochs):
-        dataset.set_epoch(epoch, strong=epoch < epochs - 1)
+        dataset.set_epoch(epoch, mosaic=epoch < epochs - 1)
         sampler.set_epoch(epoch)
         batches.append(list(loader))
     return batches
@@ -192,15 +192,15 @@ def test_any_number_of_persistent_workers_gives_the_same_batches(samples, num_wo
         assert all(same(*pair) for pair in zip(*batches, strict=True))
 
 
-def test_epoch_seed_and_strong_change_an_item_and_nothing_else_does(samples):
-    def item(seed=0, epoch=0, strong=True):
+def test_epoch_seed_and_mosaic_change_an_item_and_nothing_else_does(samples):
+    def item(seed=0, epoch=0, mosaic=True):
         dataset = VocDataset(samples, (32, 64), train=True, seed=seed, mosaic_prob=1)
         _ = dataset[2]  # what was read before must not matter
-        dataset.set_epoch(epoch, strong=strong)
+        dataset.set_epoch(epoch, mosaic=mosaic)
         return dataset[1]
 
     assert same(item(), item())
-    for changed in ({"seed": 1}, {"epoch": 1}, {"strong": False}):
+    for changed in ({"seed": 1}, {"epoch": 1}, {"mosaic": False}):
         assert not torch.equal(item()[0], item(**changed)[0])
 
 

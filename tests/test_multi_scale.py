@@ -109,21 +109,21 @@ def test_shrinking_is_antialiased():
     assert inner.std() < 0.12
 
 
-def test_what_is_rehearsed_before_the_first_epoch():
+def test_what_is_dry_rund_before_the_first_epoch():
     scale = MultiScale((128, 128), 0.5, 0)
     both = Recipe(phases=(FROZEN, UNFROZEN), multi_scale=scale)
     assert both.largest_input == (192, 192)
-    assert both.phases_to_rehearse(0, on_gpu=True) == [FROZEN, UNFROZEN]
-    assert both.phases_to_rehearse(2, on_gpu=True) == [UNFROZEN]
-    assert both.phases_to_rehearse(0, on_gpu=False) == [UNFROZEN]
-    assert both.phases_to_rehearse(5, on_gpu=True) == []
+    assert both.phases_to_dry_run(0, on_gpu=True) == [FROZEN, UNFROZEN]
+    assert both.phases_to_dry_run(2, on_gpu=True) == [UNFROZEN]
+    assert both.phases_to_dry_run(0, on_gpu=False) == [UNFROZEN]
+    assert both.phases_to_dry_run(5, on_gpu=True) == []
     alone = Recipe(phases=(UNFROZEN,), multi_scale=scale)
-    assert alone.phases_to_rehearse(0, on_gpu=True) == [UNFROZEN]
-    assert alone.phases_to_rehearse(0, on_gpu=False) == []
-    assert Recipe(phases=(UNFROZEN,)).phases_to_rehearse(0, on_gpu=True) == []
+    assert alone.phases_to_dry_run(0, on_gpu=True) == [UNFROZEN]
+    assert alone.phases_to_dry_run(0, on_gpu=False) == []
+    assert Recipe(phases=(UNFROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
     plain = Recipe(phases=(FROZEN, UNFROZEN))
-    assert plain.phases_to_rehearse(0, on_gpu=True) == [UNFROZEN]
-    assert Recipe(phases=(FROZEN,)).phases_to_rehearse(0, on_gpu=True) == []
+    assert plain.phases_to_dry_run(0, on_gpu=True) == [UNFROZEN]
+    assert Recipe(phases=(FROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
 
 
 def test_the_bar_says_the_size_where_it_changes():
@@ -218,7 +218,7 @@ def test_the_rehearsal_is_at_the_largest_size_and_leaves_no_trace(device, phases
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
     state, seen = torch.get_rng_state(), []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    trainer._rehearse()
+    trainer._dry_run()
     assert seen == [(count, 3, 96, 128) for count in batches]
     for part, saved in zip(parts, before, strict=True):
         assert same_tensors(part.state_dict(), saved)

@@ -122,7 +122,7 @@ def test_a_rehearsal_leaves_no_trace():
     step(*batch())
     before = {**step.model.state_dict(), **step.loss.state_dict()}
     before = {key: value.clone() for key, value in before.items()}
-    step.rehearse(*batch(seed=3))
+    step.dry_run(*batch(seed=3))
     after = {**step.model.state_dict(), **step.loss.state_dict()}
     for key, value in before.items():
         assert torch.equal(after[key], value), key
@@ -149,7 +149,7 @@ def test_a_rehearsal_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_b
     monkeypatch.setattr("engine.step.state_to_come", state_as_a_set)
     before = len(step.optimizer.state)
     step.loss = Watching()
-    step.rehearse(*batch(), (32, 32))
+    step.dry_run(*batch(), (32, 32))
     assert held[0]() is None
     assert len(step.optimizer.state) == before
     step.loss = SquareLoss()

@@ -13,6 +13,7 @@ from typing import Any
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+STATUS, RESET_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def run_json(command: Sequence[object], **options: Any) -> dict[str, float]:
@@ -62,3 +63,9 @@ def call_in_turn(calls: Mapping[str, Callable[[], dict]], rounds: int) -> dict[s
         for name, call in calls.items():
             found[name].append(call())
     return found
+
+
+def status_bytes(name: str) -> int:
+    """A memory figure of this process, such as VmRSS or VmHWM, in bytes. Linux."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024

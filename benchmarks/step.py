@@ -23,8 +23,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks.fork_network import ForkYolo
-from benchmarks.load_weights import RESET_PEAK, status_bytes
-from benchmarks.processes import run_in_turn
+from benchmarks.processes import RESET_PEAK, run_in_turn, status_bytes
 from data.loader import to_input
 from engine.optimizer import build_optimizer
 from engine.recipe import amp_dtype

@@ -1,19 +1,17 @@
 import dataclasses
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import tyro
 
-from benchmarks import detect, loss, step, worker_memory
+from benchmarks import detect, loss, step
 from benchmarks.all import Config, number, run, table_lines
 from benchmarks.processes import flags_of, run_variant
 from benchmarks.rows import CPU_ROWS, CUDA_ROWS, Machine, network_flops
 from nets.yolo import YoloV4
 from utils.errors import UserError
 
-LINUX = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux only")
 MACHINE = Machine(flops=1e11, copied_bytes=1e10, number_type="float32")
 
 
@@ -90,24 +88,3 @@ def test_the_network_alone_gets_gradients_and_is_not_trained(monkeypatch):
 
 def test_a_step_does_three_times_the_work_of_the_forward_pass():
     assert step.work(step.Config(batch_size=4)) == pytest.approx(12 * network_flops())
-
-
-@LINUX
-def test_the_memory_of_each_worker_is_read_after_each_epoch(tiny_voc):
-    config = worker_memory.Config(
-        data=f"{tiny_voc}:train",
-        classes_path=str(tiny_voc / "classes.txt"),
-        input_shape=(64, 64),
-        epochs=3,
-        variant="cached",
-    )
-    epochs = worker_memory.measure(config)["epochs"]
-    assert [len(workers) for workers in epochs] == [2, 2, 2]
-    assert all(0 < worker["own"] < worker["pss"] for workers in epochs for worker in workers)
-
-
-@LINUX
-def test_growth_of_workers_needs_two_epochs(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["worker_memory", "--epochs", "1"])
-    with pytest.raises(UserError, match="--num_workers 2 --epochs 1: growth shows in"):
-        worker_memory.main()

@@ -17,7 +17,6 @@ from engine.console import describe, how_to_go_on, how_to_use
 from engine.multi_scale import MultiScale
 from engine.presets import FORK, describe_recipe, recipe_changes
 from engine.randomness import seed_everything
-from engine.recipe import Recipe, amp_dtype, epochs_for, plan_phases
 from engine.resume import (
     check_same_anchors,
     check_same_classes,
@@ -26,6 +25,7 @@ from engine.resume import (
     parse_config,
 )
 from engine.runlog import RunLog, new_run_folder, removed_if_unused
+from engine.settings import TrainingSettings, amp_dtype, epochs_for, plan_phases
 from engine.start import (
     build_network,
     choose_anchors,
@@ -166,7 +166,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     if config.anchors_path:
         check_same_anchors(read_anchors(config.anchors_path), resume)
     check_same_classes(class_names, config.classes_path, resume)
-    make_recipe(config, device)  # finds a wrong constant before the data is read
+    make_settings(config, device)  # finds a wrong constant before the data is read
     seed_everything(config.seed, deterministic=config.deterministic)
     model, report = build_network(
         class_names,
@@ -200,7 +200,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         config = dataclasses.replace(config, epochs=epochs_for(len(train_samples)))
         if is_main():
             print(f"epochs: {config.epochs}, for {len(train_samples)} images; --epochs sets it")
-    recipe = make_recipe(config, device)
+    settings = make_settings(config, device)
     metadata = checkpoint_metadata(
         config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss
     )
@@ -208,7 +208,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
             print(f"note: {note}")
         print(describe_recipe(config.recipe, dataclasses.asdict(config), recipe_values(config)))
-        print(describe(model, loss, recipe, metadata=metadata, device=device, folder=folder))
+        print(describe(model, loss, settings, metadata=metadata, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
         print(f"all {config.epochs} epochs are done; --epochs gives more, the schedule follows")
@@ -219,7 +219,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
             loss=loss,
             train_set=train_set,
             val_samples=val_samples,
-            recipe=recipe,
+            settings=settings,
             metadata=metadata,
             device=device,
             log=log,
@@ -315,11 +315,11 @@ def recipe_values(config: Config) -> dict[str, Any]:
     return {key: values[key] for key in FORK}
 
 
-def make_recipe(config: Config, device: torch.device) -> Recipe:
+def make_settings(config: Config, device: torch.device) -> TrainingSettings:
     """How the weights are learnt."""
     shape, share = config.input_shape, config.multi_scale
-    fields = [field.name for field in dataclasses.fields(Recipe)]
-    return Recipe(
+    fields = [field.name for field in dataclasses.fields(TrainingSettings)]
+    return TrainingSettings(
         phases=plan_phases(
             epochs=config.epochs,
             batch_size=config.batch_size,

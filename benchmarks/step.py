@@ -26,7 +26,7 @@ from benchmarks.fork_network import ForkYolo
 from benchmarks.processes import RESET_PEAK, run_in_turn, status_bytes
 from data.loader import to_input
 from engine.optimizer import build_optimizer
-from engine.recipe import amp_dtype
+from engine.settings import amp_dtype
 from engine.step import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.memory import move

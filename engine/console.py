@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.figures import TERMS, EpochFigures, memory_gb
-from engine.recipe import Recipe
+from engine.settings import TrainingSettings
 from losses.yolo_loss import YOLOLoss
 from utils.distributed import is_main, world_size
 
@@ -20,7 +20,7 @@ NOTHING_LEARNT = 0.01  # AP50
 def describe(
     model: nn.Module,
     loss: YOLOLoss,
-    recipe: Recipe,
+    settings: TrainingSettings,
     *,
     metadata: Mapping[str, Any],
     device: torch.device,
@@ -32,7 +32,7 @@ def describe(
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    precision = str(recipe.amp_dtype or torch.float32).removeprefix("torch.")
+    precision = str(settings.amp_dtype or torch.float32).removeprefix("torch.")
     network = (
         f"YOLOv4, width {metadata['width']}, depth {metadata['depth']}, {parameters:,} parameters"
     )
@@ -42,7 +42,7 @@ def describe(
         f"device: {world_size()} x {name}, {precision}",
         f"confidence loss: {metadata['conf_loss']} ({loss.conf_settings}, target of a positive: "
         f"{objectness_target(loss.iou_target)})",
-        f"{recipe}",
+        f"{settings}",
         f"run folder: {folder}",
     ]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data.image import read_image
 from data.letterbox import letterbox, letterbox_to_image
-from engine.recipe import detection_dtype
+from engine.settings import detection_dtype
 from metrics.calibration import is_measured
 from metrics.nms import non_max_suppression
 from nets.decode import decode

@@ -19,8 +19,8 @@ from engine.guard import NonFiniteGuard
 from engine.images import batch_image, detections_image
 from engine.optimizer import Ema, build_optimizer, learning_rate
 from engine.randomness import random_states, restore_random_states
-from engine.recipe import Phase, Recipe
 from engine.runlog import RunLog
+from engine.settings import Phase, TrainingSettings
 from engine.step import TrainStep, blank_batch
 from engine.stop import stop_on_signal
 from metrics.evaluator import Evaluation, evaluate
@@ -47,7 +47,7 @@ class Trainer:
         loss: nn.Module,
         train_set: VocDataset,
         val_samples: Sequence[Sample],
-        recipe: Recipe,
+        settings: TrainingSettings,
         metadata: Mapping[str, Any],
         device: torch.device,
         log: RunLog | None = None,
@@ -57,10 +57,13 @@ class Trainer:
             use_fast_mish(model)
         self.model, self.loss, self.device = model, loss, device
         self.train_set, self.val_samples = train_set, val_samples
-        self.recipe, self.metadata, self.log = recipe, metadata, log
-        self.ema = Ema(model, recipe.ema_decay) if recipe.ema_decay else None
+        self.settings, self.metadata, self.log = settings, metadata, log
+        self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
         self.optimizer = build_optimizer(
-            recipe.optimizer, model, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            settings.optimizer,
+            model,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
         )
         self.step = TrainStep(
             model=model,
@@ -68,10 +71,10 @@ class Trainer:
             optimizer=self.optimizer,
             ema=self.ema,
             device=device,
-            amp_dtype=recipe.amp_dtype,
-            clip_norm=recipe.clip_norm,
+            amp_dtype=settings.amp_dtype,
+            clip_norm=settings.clip_norm,
         )
-        limit = 30 if recipe.amp_dtype == torch.float16 else 5
+        limit = 30 if settings.amp_dtype == torch.float16 else 5
         self.guard = NonFiniteGuard(limit=limit, conf_loss=metadata["conf_loss"])
         self.figures = EpochFigures(self.guard)
         self.epoch = self.epoch_step = self.global_step = 0  # finished ones
@@ -91,7 +94,7 @@ class Trainer:
         try:
             self._dry_run()
             with stop_on_signal(self._request_stop):
-                for phase in self.recipe.phases:
+                for phase in self.settings.phases:
                     if self.epoch < phase.last_epoch and not self._stops:
                         self._run_phase(phase)
         except torch.OutOfMemoryError as error:
@@ -101,7 +104,7 @@ class Trainer:
                 "--multi_scale. "
                 f"{error}"
             ) from None
-        finished = self.epoch == self.recipe.epochs or self._no_longer_improves
+        finished = self.epoch == self.settings.epochs or self._no_longer_improves
         if finished:
             self.guard.check_learnt()
         return finished
@@ -109,7 +112,7 @@ class Trainer:
     @property
     def _no_longer_improves(self) -> bool:
         """Whether `patience` epochs have gone by without a better AP50."""
-        patience = self.recipe.patience
+        patience = self.settings.patience
         return (
             bool(patience) and self.epoch - self.metrics.get("best_epoch", self.epoch) >= patience
         )
@@ -124,10 +127,10 @@ class Trainer:
     def _dry_run(self) -> None:
         """Out of memory, unfrozen or at the largest input, must come now, not after hours."""
         states, on_gpu = random_states(), self.device.type == "cuda"
-        for phase in self.recipe.phases_to_dry_run(self.epoch, on_gpu=on_gpu):
+        for phase in self.settings.phases_to_dry_run(self.epoch, on_gpu=on_gpu):
             self._freeze(phase.frozen)
             images, targets = blank_batch(phase.batch_size, self.metadata["input_shape"])
-            self.step.dry_run(images, targets, self.recipe.largest_input)
+            self.step.dry_run(images, targets, self.settings.largest_input)
         restore_random_states(states)
 
     def _run_phase(self, phase: Phase) -> None:
@@ -138,7 +141,7 @@ class Trainer:
         sampler = EpochBatchSampler(
             len(self.train_set),
             phase.batch_size,
-            seed=self.recipe.seed,
+            seed=self.settings.seed,
             rank=rank(),
             world_size=world_size(),
             repeats=self.train_set.repeats,
@@ -146,7 +149,7 @@ class Trainer:
         loader = TrainingLoader(
             self.train_set,
             sampler,
-            num_workers=self.recipe.num_workers,
+            num_workers=self.settings.num_workers,
             pin_memory=self.device.type == "cuda",
         )
         while self.epoch < phase.last_epoch and not self._stops:
@@ -161,14 +164,14 @@ class Trainer:
 
     def _run_epoch(self, phase: Phase, sampler: EpochBatchSampler, loader: TrainingLoader) -> None:
         self._freeze(phase.frozen)
-        mosaic = self.epoch < self.recipe.strong_share * self.recipe.epochs
+        mosaic = self.epoch < self.settings.strong_share * self.settings.epochs
         self.train_set.set_epoch(self.epoch, mosaic=mosaic)
         if self.epoch_step and self.steps != len(sampler):
             self._say("the number of images or processes has changed: this epoch begins again")
             self.epoch_step = 0
         self.steps = len(sampler)
         sampler.set_epoch(self.epoch, self.epoch_step)
-        epochs = self.recipe.epochs
+        epochs = self.settings.epochs
         with progress_bar(self.epoch, epochs, done=self.epoch_step, steps=self.steps) as bar:
             for (images, targets), indices in zip(loader, list(sampler), strict=True):
                 self._run_step(images, targets, indices, steps=len(sampler), phase=phase)
@@ -187,11 +190,11 @@ class Trainer:
             image = batch_image(images, targets, self.metadata["class_names"])
             self.log.image("train_batch", image, self.global_step)
         self._set_lr(self.epoch + self.epoch_step / steps, phase)
-        first = self.epoch_step - self.epoch_step % self.recipe.accumulate
-        group_size = min(self.recipe.accumulate, steps - first)
+        first = self.epoch_step - self.epoch_step % self.settings.accumulate
+        group_size = min(self.settings.accumulate, steps - first)
         update = self.epoch_step + 1 == first + group_size
-        cells = self.global_step % self.recipe.log_period == 0 or self.epoch_step == 0
-        size_hw = self.recipe.input_size(self.global_step)
+        cells = self.global_step % self.settings.log_period == 0 or self.epoch_step == 0
+        size_hw = self.settings.input_size(self.global_step)
         figures = self.step(
             images, targets, group_size=group_size, update=update, cells=cells, size_hw=size_hw
         )
@@ -202,11 +205,11 @@ class Trainer:
         self._tell(self.figures.push(figures, paths), step=self.global_step - 1)
 
     def _set_lr(self, progress: float, phase: Phase) -> None:
-        initial, minimal = self.recipe.rates(phase)
+        initial, minimal = self.settings.rates(phase)
         lr = learning_rate(
             progress,
-            epochs=self.recipe.epochs,
-            schedule=self.recipe.schedule,
+            epochs=self.settings.epochs,
+            schedule=self.settings.schedule,
             initial=initial,
             minimal=minimal,
         )
@@ -215,7 +218,7 @@ class Trainer:
 
     def _save_between_steps(self, steps: int) -> bool:
         """Save last.pt in mid-epoch when it is due or a stop is asked for. True means stop."""
-        whole_group = self.epoch_step % self.recipe.accumulate == 0
+        whole_group = self.epoch_step % self.settings.accumulate == 0
         due = self.stop_requested or time.monotonic() - self.last_save > SAVE_SECONDS
         if not (due and whole_group) or self.epoch_step == steps:
             return False
@@ -225,19 +228,19 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         """Measure, log and save what the finished epoch has reached."""
-        last = self.epoch == self.recipe.epochs
+        last = self.epoch == self.settings.epochs
         self.figures.join_ranks()
         broadcast_buffers(self._weights())  # each rank has seen other images
         evaluation = None
-        if self.epoch % self.recipe.eval_period == 0 or last:
+        if self.epoch % self.settings.eval_period == 0 or last:
             known = ("class_names", "anchors", "scale_xy", "input_shape")
             evaluation = evaluate(
                 self._weights(),
                 samples=self.val_samples,
                 loss=self.loss,
                 device=self.device,
-                batch_size=self.recipe.phases[-1].batch_size,
-                num_workers=self.recipe.num_workers,
+                batch_size=self.settings.phases[-1].batch_size,
+                num_workers=self.settings.num_workers,
                 progress=is_main(),
                 **{name: self.metadata[name] for name in known},
             )
@@ -247,11 +250,11 @@ class Trainer:
             self._keep_best(evaluation)
             self._warn_of_slow_start()
         self.figures = EpochFigures(self.guard)
-        if self.epoch % self.recipe.save_period == 0 or last or self._stops:
+        if self.epoch % self.settings.save_period == 0 or last or self._stops:
             self._save_last()
         if self._no_longer_improves and not last:
             self._say(
-                f"stopped early: no better AP50 in the {self.recipe.patience} epochs since epoch "
+                f"stopped early: no better AP50 in the {self.settings.patience} epochs since epoch "
                 f"{self.metrics['best_epoch']} (--patience)"
             )
 
@@ -277,7 +280,7 @@ class Trainer:
 
     def _warn_of_slow_start(self) -> None:
         if self.log is not None and not self.warned:
-            best, epochs = self.metrics["best_AP50"], self.recipe.epochs
+            best, epochs = self.metrics["best_AP50"], self.settings.epochs
             self.warned = bool(note := slow_start(self.log.rows, epochs=epochs, best_ap50=best))
             self._say(note)
 
@@ -339,7 +342,7 @@ class Trainer:
             text = progress_text(
                 self.figures,
                 lr=self.optimizer.param_groups[0]["lr"],
-                input_size=self.recipe.input_size(self.global_step - 1),
+                input_size=self.settings.input_size(self.global_step - 1),
                 device=self.device,
             )
             bar.set_postfix_str(text, refresh=False)
@@ -348,7 +351,7 @@ class Trainer:
         """Print the guard's message on the step that was read, and log its cells if any."""
         self._say(message)
         if self.figures.last_groups and self.log is not None:
-            figures = self.figures.last | self.recipe.input_figures(step - 1)
+            figures = self.figures.last | self.settings.input_figures(step - 1)
             self._say(self.log.step(step, figures, self.figures.last_groups))
 
     @staticmethod

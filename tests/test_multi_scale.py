@@ -9,7 +9,7 @@ from engine.console import progress_text
 from engine.figures import FIGURES, EpochFigures, HostFigures
 from engine.guard import NonFiniteGuard
 from engine.multi_scale import INPUT_FIGURES, MultiScale
-from engine.recipe import Phase, Recipe
+from engine.settings import Phase, TrainingSettings
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
@@ -77,7 +77,7 @@ def test_a_share_that_changes_nothing_is_refused_with_one_that_does():
 
 
 def test_without_multi_scale_no_image_is_touched():
-    recipe = Recipe(phases=(UNFROZEN,))
+    recipe = TrainingSettings(phases=(UNFROZEN,))
     assert recipe.input_size(7) is recipe.largest_input is None
     assert recipe.input_figures(7) == {}
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -111,19 +111,19 @@ def test_shrinking_is_antialiased():
 
 def test_what_is_dry_rund_before_the_first_epoch():
     scale = MultiScale((128, 128), 0.5, 0)
-    both = Recipe(phases=(FROZEN, UNFROZEN), multi_scale=scale)
+    both = TrainingSettings(phases=(FROZEN, UNFROZEN), multi_scale=scale)
     assert both.largest_input == (192, 192)
     assert both.phases_to_dry_run(0, on_gpu=True) == [FROZEN, UNFROZEN]
     assert both.phases_to_dry_run(2, on_gpu=True) == [UNFROZEN]
     assert both.phases_to_dry_run(0, on_gpu=False) == [UNFROZEN]
     assert both.phases_to_dry_run(5, on_gpu=True) == []
-    alone = Recipe(phases=(UNFROZEN,), multi_scale=scale)
+    alone = TrainingSettings(phases=(UNFROZEN,), multi_scale=scale)
     assert alone.phases_to_dry_run(0, on_gpu=True) == [UNFROZEN]
     assert alone.phases_to_dry_run(0, on_gpu=False) == []
-    assert Recipe(phases=(UNFROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
-    plain = Recipe(phases=(FROZEN, UNFROZEN))
+    assert TrainingSettings(phases=(UNFROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
+    plain = TrainingSettings(phases=(FROZEN, UNFROZEN))
     assert plain.phases_to_dry_run(0, on_gpu=True) == [UNFROZEN]
-    assert Recipe(phases=(FROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
+    assert TrainingSettings(phases=(FROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
 
 
 def test_the_bar_says_the_size_where_it_changes():
@@ -191,13 +191,15 @@ def make_trainer(device, phases, optimizer="adam"):
     torch.manual_seed(0)
     model = YoloV4(2, width=0.02, depth=0.1).to(device, memory_format=torch.channels_last)
     metadata = {"conf_loss": "ghm", "input_shape": [64, 96]}
-    recipe = Recipe(phases=phases, optimizer=optimizer, multi_scale=MultiScale((64, 96), 0.5, 0))
+    recipe = TrainingSettings(
+        phases=phases, optimizer=optimizer, multi_scale=MultiScale((64, 96), 0.5, 0)
+    )
     return Trainer(
         model=model,
         loss=YOLOLoss(ANCHORS, 2, (64, 96), conf_loss="ghm").to(device),
         train_set=None,
         val_samples=[],
-        recipe=recipe,
+        settings=recipe,
         metadata=metadata,
         device=device,
     )

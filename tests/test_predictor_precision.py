@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.predictor import Predictor
-from engine.recipe import detection_dtype
+from engine.settings import detection_dtype
 from nets.decode import decode
 from tests.test_predictor import (
     ANCHORS,

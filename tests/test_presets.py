@@ -109,7 +109,7 @@ def test_ten_steps_of_the_default_recipe_lower_the_loss_at_full_width():
     torch.manual_seed(0)
     shape, batch_size = (96, 96), 2
     config = dataclasses.replace(Config(), input_shape=shape, epochs=1, batch_size=batch_size)
-    recipe = train.make_recipe(config, torch.device("cpu"))
+    recipe = train.make_settings(config, torch.device("cpu"))
     model = YoloV4(3)
     loss = train.build_loss(config, ANCHORS, 3, SCRATCH_SCALE_XY)
     optimizer = build_optimizer(recipe.optimizer, model, momentum=recipe.momentum)

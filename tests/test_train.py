@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from engine.recipe import Recipe
+from engine.settings import TrainingSettings
 from losses.yolo_loss import YOLOLoss
 from tests.training import (
     ROOT,
@@ -226,7 +226,7 @@ def test_every_knob_is_read():
     """By its name, by a list that `shared` is given, or by the part that has it as an argument."""
     tree = ast.parse((ROOT / "train.py").read_text(encoding="utf-8"))
     read = set(inspect.signature(YOLOLoss).parameters)
-    read |= {field.name for field in dataclasses.fields(Recipe)}
+    read |= {field.name for field in dataclasses.fields(TrainingSettings)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             read |= {node.attr} if node.value.id == "config" else set()

@@ -3,7 +3,7 @@ import torch
 from data.augment import Augmentation
 from data.dataset import VocDataset
 from data.voc import read_class_names, read_split
-from engine.recipe import Phase, Recipe
+from engine.settings import Phase, TrainingSettings
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from nets.decode import read_anchors
@@ -37,7 +37,7 @@ def test_eight_images_are_overfitted(tmp_path):
             eight * 10, INPUT_SHAPE, train=True, mosaic_prob=0, augmentation=NONE, cache=True
         ),
         val_samples=eight,
-        recipe=Recipe(
+        settings=TrainingSettings(
             phases=(Phase(14, 4, frozen=False),),
             optimizer="adamw",
             lr=0.2,

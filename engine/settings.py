@@ -1,4 +1,4 @@
-"""What a training is told about how to learn: plain values, checked once."""
+"""Settings of the trainer: plain values, checked once."""
 
 import dataclasses
 import math
@@ -21,12 +21,17 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How the weights are learnt.
+class TrainingSettings:
+    """Everything the trainer needs besides model, loss and data.
 
-    width: the network's. lr None means the optimizer's own at this width; ema_decay 0 means no
-    EMA; multi_scale None: one input size; patience: epochs without a better validation AP50
-    that end the training, 0 for none.
+    Attributes:
+        phases: Frozen and unfrozen epochs.
+        width: Channel multiplier of the network, which scales the default learning rate.
+        lr: Learning rate at a total batch of 64; None is the optimizer's default.
+        weight_decay: Of convolution weights; None is the optimizer's default.
+        patience: Stop after this many epochs without a better validation AP50; 0 is never.
+        ema_decay: 0 disables the EMA.
+        multi_scale: None keeps one input size.
     """
 
     phases: tuple[Phase, ...]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.recipe import Phase, Recipe, amp_dtype, epochs_for, plan_phases
+from engine.settings import Phase, TrainingSettings, amp_dtype, epochs_for, plan_phases
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -20,10 +20,10 @@ def test_frozen_epochs_count_among_all_and_have_their_own_batch():
 
 
 def test_the_learning_rate_is_rescaled_at_the_change_of_batch():
-    recipe = Recipe(phases=plan(300, 50), accumulate=4)
-    assert recipe.rates(recipe.phases[0])[0] == pytest.approx(1e-2 * 32 / 64)
-    assert recipe.rates(recipe.phases[1])[0] == pytest.approx(1e-2 * 16 / 64)
-    assert recipe.epochs == 300
+    settings = TrainingSettings(phases=plan(300, 50), accumulate=4)
+    assert settings.rates(settings.phases[0])[0] == pytest.approx(1e-2 * 32 / 64)
+    assert settings.rates(settings.phases[1])[0] == pytest.approx(1e-2 * 16 / 64)
+    assert settings.epochs == 300
 
 
 def test_small_sets_get_300_epochs_and_large_ones_fewer():
@@ -47,7 +47,7 @@ def test_small_sets_get_300_epochs_and_large_ones_fewer():
 )
 def test_impossible_values_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        Recipe(phases=plan(3, 0), **wrong)
+        TrainingSettings(phases=plan(3, 0), **wrong)
 
 
 def test_autocast_is_off_on_the_cpu_unless_asked_for():

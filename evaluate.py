@@ -34,7 +34,7 @@ class Config:
     batch_size: int = 8  # images per batch
     num_workers: int = 2  # data loading processes; 0 loads in the main process
     skip_bad: bool = False  # skip unreadable images and annotations instead of stopping
-    include_difficult: bool = False  # count objects marked difficult, which VOC's metric ignores
+    include_difficult: bool = False  # count objects marked difficult, which are ignored otherwise
     metadata: MetadataFlags = dataclasses.field(default_factory=FileMetadata)
 
 

@@ -94,7 +94,8 @@ class Config:
     balance: tuple[float, float, float] = (4.0, 1.0, 0.4)  # confidence weight at stride 8, 16, 32
     loc_gain: float = 1.0  # weight of the box regression loss
     cls_gain: float = 12.0  # weight of the classification loss
-    iou_target: float = 1.0  # objectness target of positives: 1 uses the box IoU, 0 uses 1
+    # objectness target of positives: 0 is always 1, 1 is the IoU of the box, between is a mix
+    iou_target: float = 1.0
 
     # Optimization
     epochs: int = 0  # total epochs, including --freeze_epochs; 0: chosen from the number of images
@@ -141,7 +142,7 @@ class Config:
     resume: str = ""  # resume this run: its folder or its last.pt
 
 
-# What a resumed run may be given anew; the rest is what it started with.
+# Flags that may change on --resume; all others are fixed.
 CHANGEABLE = (
     *("train", "val", "classes_path", "skip_bad", "cache", "cache_gb", "cache_dir", "epochs"),
     "patience",
@@ -211,7 +212,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         print(describe(model, loss, settings, metadata=metadata, device=device, folder=folder))
     last_epoch = 0 if resume is None else resume["epoch"]
     if last_epoch == config.epochs and is_main():
-        print(f"all {config.epochs} epochs are done; --epochs gives more, the schedule follows")
+        print(f"all {config.epochs} epochs are done; raise --epochs to continue")
     run_log = RunLog(folder, metadata["config"], last_epoch) if is_main() else nullcontext()
     with run_log as log:
         trainer = Trainer(
@@ -241,7 +242,7 @@ def check_config(config: Config, *, resumes: bool) -> None:
         raise UserError(f"input_shape {height} {width}: both must be multiples of 32, at least 32.")
     if config.freeze_epochs > 0 and not config.weights and not resumes:
         raise UserError(
-            "freeze_epochs would freeze a backbone that knows nothing: give --weights, or 0 epochs"
+            "--freeze_epochs needs pretrained weights: give --weights, or --freeze_epochs 0"
         )
     focal = (config.focal_alpha, config.focal_gamma) != (Config.focal_alpha, Config.focal_gamma)
     if focal and not config.focal_loss:

@@ -1,7 +1,7 @@
 """Compare training recipes: each with each seed on the same data for the same epochs, tested.
 
-A recipe is the default with some constants of train.py changed. The same command goes on where it
-was interrupted. Flags that are not listed go to train.py.
+A recipe is the default with some constants of train.py changed. Rerun the command to resume.
+Flags that are not listed go to train.py.
 """
 
 import dataclasses
@@ -46,6 +46,7 @@ RECIPES = {
     "no_clip": "--clip_norm 0",
     # Others
     "sgd_fast": "--optimizer sgd --lr 0.1",
+    # Half and double of .005, the rate of the small network at batch 8; not for --full
     "half_rate": "--lr 0.02",
     "double_rate": "--lr 0.08",
     "batch_16": "--batch_size 16",

@@ -77,7 +77,7 @@ def read_splits(
 def choose_scale_xy(
     given: Sequence[float] | None, report: LoadReport | None, resume: Mapping[str, Any] | None
 ) -> tuple[float, ...]:
-    """The reach of centres: as given, else as the loaded heads were trained, else the default.
+    """Grid sensitivity: as given, else as the loaded heads were trained, else the default.
 
     Raises UserError for numbers not above 0.
     """

@@ -1,4 +1,4 @@
-"""Compare confidence losses: train each with each seed, all else alike, test, and report."""
+"""Compare confidence losses: train every loss with every seed, evaluate, report."""
 
 import dataclasses
 import subprocess

@@ -214,7 +214,7 @@ def make_trainer(device, phases, optimizer="adam"):
         pytest.param("cuda", (UNFROZEN,), [2], marks=pytest.mark.cuda),
     ],
 )
-def test_the_rehearsal_is_at_the_largest_size_and_leaves_no_trace(device, phases, batches):
+def test_the_dry_run_is_at_the_largest_size_and_leaves_no_trace(device, phases, batches):
     trainer = make_trainer(torch.device(device), phases)
     parts = (trainer.model, trainer.loss, trainer.ema)
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]

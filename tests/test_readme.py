@@ -14,7 +14,7 @@ def code_blocks(path):
     return re.findall(r"```\w*\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def table_facts(path):
+def table_values(path):
     """Per table row: its code spans and numbers, which no translation changes."""
     rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     plain = [re.sub(r"\d+ 万|[\d.]+ M ", "", row) for row in rows]  # 330 万 is 3.3 M
@@ -27,8 +27,8 @@ def test_both_have_the_same_commands():
 
 
 def test_both_have_the_same_tables():
-    assert len(table_facts(ENGLISH)) > 10
-    assert table_facts(CHINESE) == table_facts(ENGLISH)
+    assert len(table_values(ENGLISH)) > 10
+    assert table_values(CHINESE) == table_values(ENGLISH)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -117,7 +117,7 @@ def test_clipping_limits_the_step_and_reports_the_unclipped_norm():
     assert 0 < steps[1] < 1e-4 * steps[0]
 
 
-def test_a_rehearsal_leaves_no_trace():
+def test_a_dry_run_leaves_no_trace():
     step = make_step()
     step(*batch())
     before = {**step.model.state_dict(), **step.loss.state_dict()}
@@ -130,7 +130,7 @@ def test_a_rehearsal_leaves_no_trace():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_rehearsal_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_be_made(
+def test_a_dry_run_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_be_made(
     optimizer, monkeypatch
 ):
     step, held = make_step(optimizer=optimizer), []

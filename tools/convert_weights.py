@@ -58,7 +58,7 @@ class Config:
     source: Positional[Annotated[Path, arg(metavar="SOURCE")]]  # weights file of any format
     # new file, format by suffix: .weights darknet, .pth original fork, .pt this project
     target: Positional[Annotated[Path, arg(metavar="TARGET")]]
-    part: Literal["whole", "137", "backbone"] = "whole"  # 137: everything but the heads
+    part: Literal["whole", "137", "backbone"] = "whole"  # 137: backbone, SPP and top-down path
     cfg_out: Path | None = None  # also write a darknet .cfg, which darknet and OpenCV need
 
     metadata: MetadataFlags = dataclasses.field(default_factory=FileMetadata)

@@ -157,7 +157,7 @@ def known_metadata(weights: WeightsFile, metadata: FileMetadata) -> dict[str, An
 
 def check_scale_xy(scale_xy: Sequence[float]) -> None:
     """Raises UserError for a grid sensitivity that is not positive."""
-    if not all(0 < reach < math.inf for reach in scale_xy):
+    if not all(0 < value < math.inf for value in scale_xy):
         raise UserError(
             f"scale_xy {' '.join(map(str, scale_xy))}: give three numbers above 0, such as 1.2 1.1 "
             "1.05 for darknet's weights or 1 1 1 for the original fork's."

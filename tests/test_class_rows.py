@@ -107,7 +107,7 @@ def test_names_of_another_count_than_the_files_outputs_are_refused(tmp_path):
 def test_names_for_a_file_that_names_other_ones_itself_are_refused(tmp_path):
     content = {"format_version": 1, "model": small_model().state_dict(), "class_names": ["a", "b"]}
     torch.save(content, tmp_path / "w.pt")
-    match = "says itself that its classes are a, b; b, a are other ones"
+    match = "stores its own classes, a, b; b, a are other ones"
     assert_refused(tmp_path / "w.pt", match, file_class_names=["b", "a"])
     load_weights(small_model(), tmp_path / "w.pt", file_class_names=("a", "b"))
 

@@ -105,6 +105,7 @@ def test_checkpoints_hold_what_the_contract_says_and_are_plain(whole_run):
     best, last = checkpoint_of(folder, "best.pt"), checkpoint_of(folder)
     wanted = [
         "format_version",
+        "version",
         "model",
         "class_names",
         "anchors",

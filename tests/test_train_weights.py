@@ -193,7 +193,7 @@ def test_fine_tuning_with_a_frozen_backbone_learns_and_goes_on_without_the_weigh
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"weights_classes": "three.txt"}, "says what --weights holds; give both"),
+        ({"weights_classes": "three.txt"}, "names the classes of --weights; give both"),
         (
             {"weights": "three.weights", "weights_classes": "none.txt"},
             "cannot read the class names",

@@ -21,13 +21,14 @@ from engine.resume import (
     check_same_anchors,
     check_same_classes,
     check_same_settings,
-    folder_of_resumed,
     parse_config,
+    run_folder,
 )
-from engine.runlog import RunLog, new_run_folder, removed_if_unused
+from engine.runlog import RunLog, removed_if_unused
 from engine.settings import TrainingSettings, amp_dtype, epochs_for, plan_phases
 from engine.start import (
     build_network,
+    check_config,
     choose_anchors,
     choose_scale_xy,
     other_decode,
@@ -35,9 +36,11 @@ from engine.start import (
     set_prior,
 )
 from engine.trainer import Trainer
+from losses.conf.spec import conf_loss_spec
 from losses.yolo_loss import YOLOLoss
 from nets.decode import YOLOV4_ANCHORS, read_anchors
 from nets.memory import move
+from nets.yolo import YoloV4
 from utils.distributed import (
     broadcast_object,
     first_of_machine_first,
@@ -45,7 +48,8 @@ from utils.distributed import (
     process_group,
     select_device,
 )
-from utils.errors import UserError, run_script
+from utils.errors import run_script
+from weights.loading import LoadReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,119 +172,96 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         check_same_anchors(read_anchors(config.anchors_path), resume)
     check_same_classes(class_names, config.classes_path, resume)
     make_settings(config, device)  # finds a wrong constant before the data is read
-    seed_everything(config.seed, deterministic=config.deterministic)
-    model, report = build_network(
-        class_names,
-        width=config.width,
-        depth=config.depth,
-        weights="" if resume else config.weights,
-        weights_classes="" if resume else config.weights_classes,
-        init=config.init,
-    )
-    model.backbone.recompute = config.recompute
+    model, report = make_model(config, class_names, starts=resume is None)
     scale_xy = choose_scale_xy(config.scale_xy, report, resume)
-    num_classes = len(class_names)
-    build_loss(config, YOLOV4_ANCHORS, num_classes, scale_xy)  # for the same reason
+    build_loss(config, YOLOV4_ANCHORS, len(class_names), scale_xy)  # for the same reason
     move(model, device)
-    folder = broadcast_object(run_folder(config) if is_main() else None)
-    with removed_if_unused(folder):
-        train_samples, val_samples = broadcast_object(
-            read_data(config, class_names, folder) if is_main() else None
-        )
-        with first_of_machine_first():  # a file of --cache_dir is written once
-            train_set = training_set(config, train_samples)
+    folder = broadcast_object(run_folder(config.resume, config.save_dir) if is_main() else None)
+    train_set, val_samples = load_data(config, class_names, folder)
+    config = with_epochs(config, len(train_set))
     anchors = choose_anchors(
-        config.anchors_path, train_samples, config.input_shape, report=report, resume=resume
+        config.anchors_path, train_set.samples, config.input_shape, report=report, resume=resume
     )
     seed_everything(config.seed, deterministic=config.deterministic)  # a loss draws after any model
-    loss = build_loss(config, anchors, num_classes, scale_xy).to(device)
+    loss = build_loss(config, anchors, len(class_names), scale_xy).to(device)
     check_same_settings(loss.conf_settings._asdict(), resume)
     if resume is None:
         set_prior(model, loss.prior_pi, report)
-    if not config.epochs:
-        config = dataclasses.replace(config, epochs=epochs_for(len(train_samples)))
-        if is_main():
-            print(f"epochs: {config.epochs}, for {len(train_samples)} images; --epochs sets it")
-    settings = make_settings(config, device)
     metadata = checkpoint_metadata(
         config, class_names, anchors=anchors, scale_xy=scale_xy, loss=loss
     )
     if is_main():
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
             print(f"note: {note}")
-        print(describe_recipe(config.recipe, dataclasses.asdict(config), recipe_values(config)))
-        print(describe(model, loss, settings, metadata=metadata, device=device, folder=folder))
+    settings = make_settings(config, device)
+    parts = {"model": model, "loss": loss, "settings": settings, "device": device}
+    parts["metadata"] = metadata
+    run(config, folder, parts, train_set=train_set, val_samples=val_samples, resume=resume)
+
+
+def run(
+    config: Config,
+    folder: Path,
+    parts: dict[str, Any],
+    *,
+    resume: dict[str, Any] | None,
+    **data: Any,
+) -> None:
+    """Train with the Trainer's parts and data; print what is trained, and what to do afterwards."""
     last_epoch = 0 if resume is None else resume["epoch"]
-    if last_epoch == config.epochs and is_main():
-        print(f"all {config.epochs} epochs are done; raise --epochs to continue")
-    run_log = RunLog(folder, metadata["config"], last_epoch) if is_main() else nullcontext()
+    if is_main():
+        print(describe_recipe(config.recipe, dataclasses.asdict(config), recipe_values(config)))
+        print(describe(**parts, folder=folder))
+        if last_epoch == config.epochs:
+            print(f"all {config.epochs} epochs are done; raise --epochs to continue")
+    stored = parts["metadata"]["config"]
+    run_log = RunLog(folder, stored, last_epoch) if is_main() else nullcontext()
     with run_log as log:
-        trainer = Trainer(
-            model=model,
-            loss=loss,
-            train_set=train_set,
-            val_samples=val_samples,
-            settings=settings,
-            metadata=metadata,
-            device=device,
-            log=log,
-            resume=resume,
-        )
-        finished = trainer.fit()
-    if finished and is_main():
-        print(how_to_use(folder, config.val))
+        finished = Trainer(**parts, **data, log=log, resume=resume).fit()
+    if is_main():
+        stopped = how_to_go_on(folder, config.conf_loss)
+        print(how_to_use(folder, config.val) if finished else stopped)
     if not finished:
-        if is_main():
-            print(how_to_go_on(folder, config.conf_loss))
         sys.exit(130)
 
 
-def check_config(config: Config, *, resumes: bool) -> None:
-    """Everything that can be known to be wrong before any data is read."""
-    height, width = config.input_shape
-    if min(height, width) < 32 or height % 32 or width % 32:
-        raise UserError(f"input_shape {height} {width}: both must be multiples of 32, at least 32.")
-    if config.freeze_epochs > 0 and not config.weights and not resumes:
-        raise UserError(
-            "--freeze_epochs needs pretrained weights: give --weights, or --freeze_epochs 0"
-        )
-    focal = (config.focal_alpha, config.focal_gamma) != (Config.focal_alpha, Config.focal_gamma)
-    if focal and not config.focal_loss:
-        raise UserError(
-            "focal_alpha and focal_gamma count with --focal_loss only; for another loss write "
-            'them in its name: --conf_loss "focal(alpha=0.5, gamma=1)".'
-        )
-    if not 0 <= config.cache_gb < float("inf"):
-        raise UserError(f"cache_gb is {config.cache_gb}; give 0 or more GiB.")
-    if config.cache_dir and not config.cache:
-        raise UserError("cache_dir is for what --cache cannot keep in memory: give --cache, too.")
-    least = {"epochs": 0, "patience": 0, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
-    least |= {"log_period": 1, "eval_period": 1, "save_period": 1}
-    least |= {"freeze_epochs": 0, "num_workers": 0, "seed": 0}
-    for name, low in least.items():
-        if getattr(config, name) < low:
-            raise UserError(f"{name} is {getattr(config, name)}; give {low} or more.")
-
-
-def run_folder(config: Config) -> Path:
-    """The resumed run's folder, or a new one."""
-    if config.resume:
-        return folder_of_resumed(Path(config.resume), config.save_dir)
-    return new_run_folder(config.save_dir)
-
-
-def read_data(
-    config: Config, class_names: tuple[str, ...], folder: Path
-) -> tuple[list[Sample], list[Sample]]:
-    """Training and validation samples."""
-    train_samples, val_samples = read_splits(
-        {"train": config.train, "val": config.val},
-        class_names,
-        split_dir=folder,
-        progress=True,
-        **shared(config, ("skip_bad", "include_difficult", "classes_path")),
+def make_model(
+    config: Config, class_names: tuple[str, ...], *, starts: bool
+) -> tuple[YoloV4, LoadReport | None]:
+    """The seeded network and the report of --weights, which a resumed run does not load again."""
+    seed_everything(config.seed, deterministic=config.deterministic)
+    files: dict[str, Any] = shared(config, ("weights", "weights_classes")) if starts else {}
+    model, report = build_network(
+        class_names, **shared(config, ("width", "depth", "init")), **files
     )
-    return train_samples, val_samples
+    model.backbone.recompute = config.recompute
+    return model, report
+
+
+def load_data(
+    config: Config, class_names: tuple[str, ...], folder: Path
+) -> tuple[VocDataset, list[Sample]]:
+    """The training set and the validation samples, checked by the main process."""
+    options = shared(config, ("skip_bad", "include_difficult", "classes_path"))
+    splits = {"train": config.train, "val": config.val}
+    with removed_if_unused(folder):
+        train_samples, val_samples = broadcast_object(
+            read_splits(splits, class_names, split_dir=folder, progress=True, **options)
+            if is_main()
+            else None
+        )
+        with first_of_machine_first():  # a file of --cache_dir is written once
+            return training_set(config, train_samples), val_samples
+
+
+def with_epochs(config: Config, images: int) -> Config:
+    """The config with its number of epochs: 0 is chosen from the number of images."""
+    if config.epochs:
+        return config
+    config = dataclasses.replace(config, epochs=epochs_for(images))
+    if is_main():
+        print(f"epochs: {config.epochs}, for {images} images; --epochs sets it")
+    return config
 
 
 def build_loss(
@@ -301,12 +282,6 @@ def shared(config: Config, names: Iterable[str], *, but: Collection[str] = ()) -
     """The constants of these names, some left out: what a part of the training calls them too."""
     own = {field.name for field in dataclasses.fields(config)}
     return {name: getattr(config, name) for name in names if name in own and name not in but}
-
-
-def conf_loss_spec(config: Config) -> str:
-    """The confidence loss in full, as --conf_loss takes it."""
-    focal = f"focal(alpha={config.focal_alpha}, gamma={config.focal_gamma})"
-    return config.conf_loss or (focal if config.focal_loss else "bce")
 
 
 def recipe_values(config: Config) -> dict[str, Any]:
@@ -365,7 +340,7 @@ def checkpoint_metadata(
         "width": config.width,
         "depth": config.depth,
         "scale_xy": list(scale_xy),
-        "conf_loss": conf_loss_spec(config),
+        "conf_loss": conf_loss_spec(**shared(config, inspect.signature(conf_loss_spec).parameters)),
         "config": {**dataclasses.asdict(config), "conf_settings": loss.conf_settings._asdict()},
     }
 

@@ -5,33 +5,16 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any
 
 import tyro
 
 from engine.console import resume_command
+from engine.runlog import new_run_folder
 from utils.errors import UserError
 from weights.checkpoint import read_checkpoint
 
-
-class RunConfig(Protocol):
-    """What is read here of a run's Config, a frozen dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-
-    @property
-    def recipe(self) -> str: ...
-    @property
-    def weights(self) -> str: ...
-    @property
-    def conf_loss(self) -> str: ...
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def resume(self) -> str: ...
-
-
-Config = TypeVar("Config", bound=RunConfig)
+Config = Any  # that of train.py, which no package imports: a frozen dataclass
 
 
 def parse_config(
@@ -142,6 +125,11 @@ def check_same_settings(settings: Mapping[str, Any], checkpoint: Mapping[str, An
             f"this run's confidence loss was begun with {name} {old[name]!r}, now it declares "
             f"{settings[name]!r}. Bring the old value back, or start a new run."
         )
+
+
+def run_folder(resume: str, save_dir: str) -> Path:
+    """The folder of a resumed run, or a new one. Raises UserError as `new_run_folder`."""
+    return folder_of_resumed(Path(resume), save_dir) if resume else new_run_folder(save_dir)
 
 
 def folder_of_resumed(checkpoint_path: Path, save_dir: str) -> Path:

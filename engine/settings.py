@@ -6,7 +6,7 @@ import math
 import torch
 
 from engine.multi_scale import INPUT_FIGURES, MultiScale
-from engine.optimizer import SCHEDULES, check_optimizer, scaled_lr
+from engine.optimizer import SCHEDULES, check_optimizer, learning_rate, scaled_lr
 from utils.distributed import world_size
 from utils.errors import UserError
 
@@ -113,6 +113,17 @@ class TrainingSettings:
         """(initial, minimal) learning rate of a phase, for all images of one update."""
         images = phase.batch_size * self.accumulate * world_size()
         return scaled_lr(self.optimizer, self.lr, images, self.width)
+
+    def learning_rate(self, progress: float, phase: Phase) -> float:
+        """The learning rate after `progress` epochs, a fraction within an epoch."""
+        initial, minimal = self.rates(phase)
+        return learning_rate(
+            progress,
+            epochs=self.epochs,
+            schedule=self.schedule,
+            initial=initial,
+            minimal=minimal,
+        )
 
 
 def epochs_for(images: int) -> int:

@@ -23,13 +23,41 @@ SCRATCH_SCALE_XY = (2.0, 2.0, 2.0)
 ANCHORS_AS_THEY_ARE, SMALLEST_ANCHORS = 0.8, 0.2
 
 
+def check_config(config: Any, *, resumes: bool) -> None:
+    """Raise UserError for constants of train.py that are wrong whatever the data are."""
+    height, width = config.input_shape
+    if min(height, width) < 32 or height % 32 or width % 32:
+        raise UserError(f"input_shape {height} {width}: both must be multiples of 32, at least 32.")
+    if config.freeze_epochs > 0 and not config.weights and not resumes:
+        raise UserError(
+            "--freeze_epochs needs pretrained weights: give --weights, or --freeze_epochs 0"
+        )
+    default = type(config)
+    focal = (config.focal_alpha, config.focal_gamma) != (default.focal_alpha, default.focal_gamma)
+    if focal and not config.focal_loss:
+        raise UserError(
+            "focal_alpha and focal_gamma count with --focal_loss only; for another loss write "
+            'them in its name: --conf_loss "focal(alpha=0.5, gamma=1)".'
+        )
+    if not 0 <= config.cache_gb < float("inf"):
+        raise UserError(f"cache_gb is {config.cache_gb}; give 0 or more GiB.")
+    if config.cache_dir and not config.cache:
+        raise UserError("cache_dir is for what --cache cannot keep in memory: give --cache, too.")
+    least = {"epochs": 0, "patience": 0, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
+    least |= {"log_period": 1, "eval_period": 1, "save_period": 1}
+    least |= {"freeze_epochs": 0, "num_workers": 0, "seed": 0}
+    for name, low in least.items():
+        if getattr(config, name) < low:
+            raise UserError(f"{name} is {getattr(config, name)}; give {low} or more.")
+
+
 def build_network(
     class_names: Sequence[str],
     *,
     width: float,
     depth: float,
-    weights: str,
-    weights_classes: str,
+    weights: str = "",
+    weights_classes: str = "",
     init: str = "kaiming",
 ) -> tuple[YoloV4, LoadReport | None]:
     """A network with what the file `weights` has for it, and the report of that; "": from scratch.

@@ -17,7 +17,7 @@ from engine.console import progress_bar, progress_text, slow_start
 from engine.figures import EpochFigures, memory_gb
 from engine.guard import NonFiniteGuard
 from engine.images import batch_image, detections_image
-from engine.optimizer import Ema, build_optimizer, learning_rate
+from engine.optimizer import Ema, build_optimizer
 from engine.randomness import random_states, restore_random_states
 from engine.runlog import RunLog
 from engine.settings import Phase, TrainingSettings
@@ -189,7 +189,9 @@ class Trainer:
         if self.global_step == 0 and self.log is not None:
             image = batch_image(images, targets, self.metadata["class_names"])
             self.log.image("train_batch", image, self.global_step)
-        self._set_lr(self.epoch + self.epoch_step / steps, phase)
+        lr = self.settings.learning_rate(self.epoch + self.epoch_step / steps, phase)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         first = self.epoch_step - self.epoch_step % self.settings.accumulate
         group_size = min(self.settings.accumulate, steps - first)
         update = self.epoch_step + 1 == first + group_size
@@ -203,18 +205,6 @@ class Trainer:
         samples = self.train_set.samples
         paths = [samples[index % len(samples)].image_path for index in indices]
         self._tell(self.figures.push(figures, paths), step=self.global_step - 1)
-
-    def _set_lr(self, progress: float, phase: Phase) -> None:
-        initial, minimal = self.settings.rates(phase)
-        lr = learning_rate(
-            progress,
-            epochs=self.settings.epochs,
-            schedule=self.settings.schedule,
-            initial=initial,
-            minimal=minimal,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
     def _save_between_steps(self, steps: int) -> bool:
         """Save last.pt in mid-epoch when it is due or a stop is asked for. True means stop."""

@@ -20,7 +20,8 @@ from losses.class_loss import build_cls_loss
 from losses.conf import build_conf_loss, conf_settings
 from losses.conf.alpha import MeasuredAlpha
 from losses.conf.cells import ConfCells, group_sums
-from losses.conf.focal import Focal
+from losses.conf.registry import check_argument
+from losses.conf.spec import conf_loss_spec
 from nets.decode import STRIDES, decode_grid_boxes, grid_offsets
 from utils.distributed import sum_over_ranks, world_size
 from utils.errors import UserError
@@ -108,13 +109,13 @@ class YOLOLoss(nn.Module):
         super().__init__()
         _check_choice("box_loss", box_loss, BOX_LOSSES)
         _check_choice("assigner", assigner, ASSIGNERS)
-        _check_range("label_smoothing", label_smoothing, 0, 1)
-        _check_range("anchor_threshold", anchor_threshold, 0, 1)
-        _check_range("ignore_threshold", ignore_threshold, 0, 1)
-        _check_range("num_classes", num_classes, 1, float("inf"))
-        _check_range("iou_target", iou_target, 0, 1)
+        fractions = {"label_smoothing": label_smoothing, "anchor_threshold": anchor_threshold}
+        fractions |= {"ignore_threshold": ignore_threshold, "iou_target": iou_target}
+        for name, value in fractions.items():
+            check_argument(name, value, 0 <= value <= 1, "0 to 1")
+        check_argument("num_classes", num_classes, num_classes >= 1, "1 or more")
         for name, gain in (("loc_gain", loc_gain), ("cls_gain", cls_gain)):
-            _check_range(name, gain, 0, 1e6)
+            check_argument(name, gain, 0 <= gain <= 1e6, "0 to 1e6")
         self.num_classes, self.box_loss, self.assigner = num_classes, box_loss, assigner
         self.label_smoothing, self.anchor_threshold = label_smoothing, anchor_threshold
         self.ignore_threshold = ignore_threshold
@@ -125,7 +126,9 @@ class YOLOLoss(nn.Module):
         self.register_buffer("scales", torch.tensor(self.scale_xy), persistent=False)
         self.register_buffer("balance", torch.tensor(_three("balance", balance)), persistent=False)
         self.conf_factor = 5 * input_shape[0] * input_shape[1] / 416**2
-        self.conf_loss = _pick_conf_loss(focal_loss, focal_alpha, focal_gamma, conf_loss)
+        self.conf_loss = build_conf_loss(
+            conf_loss_spec(conf_loss, focal_loss, focal_alpha, focal_gamma)
+        )
         self.conf_settings = conf_settings(self.conf_loss)
         self.iou_target = 1.0 if self.conf_settings.wants_iou else iou_target
         self.prior_pi = self.conf_settings.prior_pi
@@ -327,15 +330,6 @@ def _by_cell(values: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([value.expand(size) for value, size in zip(values, sizes, strict=True)])
 
 
-def _pick_conf_loss(focal: bool, alpha: float, gamma: float, spec: str) -> nn.Module:
-    if focal and spec:
-        raise UserError(
-            f"focal_loss and conf_loss {spec!r} are both given. Drop focal_loss, or write "
-            f'conf_loss="focal(alpha={alpha}, gamma={gamma})" alone.'
-        )
-    return Focal(alpha=alpha, gamma=gamma) if focal else build_conf_loss(spec or "bce")
-
-
 def _anchor_tensor(anchors: Sequence[Sequence[float]]) -> Tensor:
     tensor = torch.as_tensor(anchors, dtype=torch.float32)
     if tensor.shape != (9, 2) or not (tensor > 0).all():
@@ -352,8 +346,3 @@ def _three(name: str, values: Sequence[float]) -> tuple[float, ...]:
 def _check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise UserError(f"{name} {value!r} is unknown. Allowed: {', '.join(allowed)}.")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"{name} is {value}. Give {low} to {high}.")

@@ -108,29 +108,6 @@ def area_under_curve(
     return float(np.sum(np.diff(recall, prepend=0) * envelope))
 
 
-def voc_average_precision(
-    image_ids: Sequence[Hashable],
-    scores: Sequence[float],
-    boxes_xyxy: Sequence,
-    gt_boxes: Mapping[Hashable, Sequence],
-    gt_difficult: Mapping[Hashable, Sequence],
-    *,
-    iou_threshold: float = 0.5,
-    eleven_point: bool = False,
-) -> float:
-    """One class's average precision by the VOC devkit's rules, in 0..1.
-
-    Arguments and errors as `match_detections`. nan when no object counts (none at all, or only
-    difficult ones), as in the devkit: such a class is left out of a mean.
-    """
-    matches = match_detections(
-        image_ids, scores, boxes_xyxy, gt_boxes, gt_difficult, iou_threshold=iou_threshold
-    )
-    if matches.num_ground_truth == 0:
-        return float("nan")
-    return area_under_curve(*precision_recall(matches), eleven_point=eleven_point)
-
-
 def match_classes(
     detections: Sequence[np.ndarray],
     ground_truth: Sequence[ImageTruth],

@@ -8,10 +8,17 @@ from metrics.voc import (
     match_classes,
     match_detections,
     precision_recall,
-    voc_average_precision,
 )
 
 BOX, FAR = [10, 10, 29, 29], [100, 100, 119, 119]
+
+
+def voc_average_precision(*arguments, eleven_point=False, **options):
+    """One class's AP from arguments of `match_detections`; nan when no object counts."""
+    matches = match_detections(*arguments, **options)
+    if matches.num_ground_truth == 0:
+        return math.nan
+    return area_under_curve(*precision_recall(matches), eleven_point=eleven_point)
 
 
 def plain_voc_ap(image_ids, scores, boxes, gt_boxes, gt_difficult, threshold, eleven_point):

@@ -22,6 +22,22 @@ ALSO = "Every loss also takes " + ", ".join(f"{key}=" for key in SETTING_KEYS) +
 SPEC = re.compile(r"\s*(?:([\w.]+)\s*:\s*)?(\w+)\s*(?:\((.*)\))?\s*", re.DOTALL)
 
 
+def conf_loss_spec(conf_loss: str, focal_loss: bool, focal_alpha: float, focal_gamma: float) -> str:
+    """The confidence loss in full: `conf_loss`, "bce" if that is empty, or focal with its values.
+
+    Raises UserError if `conf_loss` and `focal_loss` are both given.
+    """
+    if not focal_loss:
+        return conf_loss or "bce"
+    focal = f"focal(alpha={focal_alpha!r}, gamma={focal_gamma!r})"
+    if conf_loss:
+        raise UserError(
+            f"focal_loss and conf_loss {conf_loss!r} are both given. Drop focal_loss, or write "
+            f'conf_loss="{focal}" alone.'
+        )
+    return focal
+
+
 def build_conf_loss(spec: str) -> nn.Module:
     """Build "name", "name(key=value, ...)" or "module:Class(key=value, ...)".
 

@@ -32,6 +32,7 @@ class Candidates(NamedTuple):
     anchors: Tensor  # int64 0..2, of the scale's three
     wanted: Tensor  # bool; the others only keep the shape
     cells: Tensor  # int64 numbers, image * K + place
+    in_map: Tensor  # int64 numbers in the map of the scale, (image, row, column, anchor)
     boxes_grid: Tensor  # (3, N, 4) ground truth: cx, cy, w, h in cells of the scale
 
 
@@ -54,32 +55,30 @@ CROSS = ((0, 0), (0, 1), (1, 0))  # the nearest cell of the row and of the colum
 SQUARE = (*CROSS, (1, 1))  # and the one diagonal to the centre's
 
 
-def _best_anchor(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
-    """The one anchor of best fit, the first of equals: the original fork's rule."""
-    best = anchor_overlap(sizes_wh, anchors_wh).argmax(dim=1, keepdim=True)
-    return best == torch.arange(9, device=best.device)
+def _no_other(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
+    """The original fork's rule."""
+    return torch.zeros(len(sizes_wh), 9, dtype=torch.bool, device=sizes_wh.device)
 
 
 def _iou_threshold(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
-    """The best anchor, and every other that fits better than the threshold: darknet's."""
-    overlap = anchor_overlap(sizes_wh, anchors_wh)
-    return _best_anchor(sizes_wh, anchors_wh, threshold) | (overlap > threshold)
+    """Every other anchor that fits better than the threshold: darknet's rule."""
+    return anchor_overlap(sizes_wh, anchors_wh) > threshold
 
 
 def _shape_ratio(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
-    """The best anchor, and every other whose sides are within a factor of 4: YOLOv5's."""
+    """Every other anchor whose sides are within a factor of 4: YOLOv5's rule."""
     ratio = sizes_wh[:, None] / anchors_wh
-    near = torch.maximum(ratio, 1 / ratio).amax(-1) < MAX_SHAPE_RATIO
-    return _best_anchor(sizes_wh, anchors_wh, threshold) | near
+    return torch.maximum(ratio, 1 / ratio).amax(-1) < MAX_SHAPE_RATIO
 
 
 def _any_anchor(sizes_wh: Tensor, anchors_wh: Tensor, threshold: float) -> Tensor:
     return torch.ones(len(sizes_wh), 9, dtype=torch.bool, device=sizes_wh.device)
 
 
-# name -> (which of the nine anchors suit boxes of these sizes, (N, 9); cells around the centre)
+# name -> (which of the nine anchors suit boxes of these sizes, besides the one that fits best,
+# (N, 9); cells around the centre)
 ASSIGNERS = {
-    "best_anchor": (_best_anchor, OWN_CELL),
+    "best_anchor": (_no_other, OWN_CELL),
     "iou_threshold": (_iou_threshold, OWN_CELL),
     "neighbours": (_shape_ratio, CROSS),
     "aligned": (_any_anchor, SQUARE),
@@ -113,18 +112,25 @@ def place_candidates(
     sizes = torch.stack((targets[:, 4] * input_w, targets[:, 5] * input_h), dim=-1)
     suits, around = ASSIGNERS[assigner]
     known = (targets[:, 1:2] >= 0) & (targets[:, 1:2] < num_classes)
-    fits = (suits(sizes, anchors, threshold) & known).view(-1, 3, 3).transpose(0, 1)
+    best = anchor_overlap(sizes, anchors).argmax(dim=1, keepdim=True)  # the first of equals
+    fits = suits(sizes, anchors, threshold) | (best == torch.arange(9, device=best.device))
+    fits = (fits & known).view(-1, 3, 3).transpose(0, 1)
     rows, columns, usable, boxes_grid = _locate(targets, grids, around, scale_xy)
-    first, per_image = _number_cells(rows, columns, grids)
     anchor_ids = torch.arange(3, device=targets.device).expand(*rows.shape, 3)
-    cells = first[..., None] + anchor_ids + per_image * targets[:, :1, None].long()
-    wanted = usable[..., None] & fits[:, :, None]
+    image = targets[:, :1, None].long()
+    in_scale = [3 * height * width for height, width in grids]  # cells of an image
+    in_map, cells = [], []
+    for scale, (_, width) in enumerate(grids):
+        place = 3 * (rows[scale] * width + columns[scale])[..., None] + anchor_ids[scale]
+        in_map.append(place + in_scale[scale] * image)
+        cells.append(place + sum(in_scale[:scale]) + sum(in_scale) * image)
     return Candidates(
-        rows=rows[..., None].expand_as(cells).flatten(2),
-        columns=columns[..., None].expand_as(cells).flatten(2),
+        rows=rows[..., None].expand_as(anchor_ids).flatten(2),
+        columns=columns[..., None].expand_as(anchor_ids).flatten(2),
         anchors=anchor_ids.flatten(2),
-        wanted=wanted.flatten(2),
-        cells=cells.flatten(2),
+        wanted=(usable[..., None] & fits[:, :, None]).flatten(2),
+        cells=torch.stack(cells).flatten(2),
+        in_map=torch.stack(in_map).flatten(2),
         boxes_grid=boxes_grid,
     )
 
@@ -146,8 +152,12 @@ def choose_positives(
     wanted, target = candidates.wanted, None
     if quality is not None:
         wanted, target = _best_aligned(candidates, *quality, total=total)
-    owner = _owners(torch.where(wanted, candidates.cells, total), total)
     truths = torch.arange(len(class_ids), device=class_ids.device)[:, None]
+    # The last ground truth in each cell, -1 for none; the entry behind the last cell takes what is
+    # not wanted. A maximum: which of two writes to one place wins is undefined on a GPU.
+    owner = torch.full((total + 1,), -1, dtype=torch.int64, device=class_ids.device)
+    cells = torch.where(wanted, candidates.cells, total)
+    owner.scatter_reduce_(0, cells.flatten(), truths.expand_as(cells).flatten(), "amax")
     chosen = wanted & (owner[candidates.cells] == truths)
     return Positives(
         chosen=chosen,
@@ -212,28 +222,6 @@ def _nearest(
     beside, always = beside.clamp(0, cells - 1), torch.ones_like(inside)
     place = torch.stack([beside if step else own for step in steps], dim=-1)
     return place, torch.stack([reaches if step else always for step in steps], dim=-1)
-
-
-def _number_cells(
-    rows: Tensor, columns: Tensor, grids: Sequence[tuple[int, int]]
-) -> tuple[Tensor, int]:
-    """(3, N) the first anchor's cell in an image at each row and column, and K."""
-    first, start = [], 0
-    for scale, (height, width) in enumerate(grids):
-        first.append(start + 3 * (rows[scale] * width + columns[scale]))
-        start += 3 * height * width
-    return torch.stack(first), start
-
-
-def _owners(cells: Tensor, total: int) -> Tensor:
-    """(total + 1) int64: the last ground truth in each cell, -1 for none; the final entry takes
-    the candidates that are not wanted.
-
-    A maximum, not a plain scatter: which of two writes to one place wins is undefined on a GPU.
-    """
-    truths = torch.arange(cells.shape[1], device=cells.device)[:, None].expand_as(cells)
-    owner = torch.full((total + 1,), -1, dtype=torch.int64, device=cells.device)
-    return owner.scatter_reduce_(0, cells.flatten(), truths.flatten(), "amax")
 
 
 def _class_bits(

@@ -25,15 +25,11 @@ class _Pair(NamedTuple):
     dy: Tensor
     hull_w: Tensor  # of the smallest box that holds both
     hull_h: Tensor
+    distance: Tensor  # squared, of the centres, over the hull's squared diagonal
     w1: Tensor
     h1: Tensor
     w2: Tensor
     h2: Tensor
-
-    def distance(self) -> Tensor:
-        """Squared distance of the centres over the hull's squared diagonal."""
-        diagonal = (self.hull_w**2 + self.hull_h**2).clamp(min=EPS)
-        return (self.dx**2 + self.dy**2) / diagonal
 
 
 def _measure(predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> _Pair:
@@ -51,7 +47,9 @@ def _measure(predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> _Pair:
     intersection = inner_w * inner_h
     union = w1 * h1 + w2 * h2 - intersection
     iou = intersection / union.clamp(min=EPS)
-    return _Pair(iou, union, x1 - x2, y1 - y2, hull_w, hull_h, w1, h1, w2, h2)
+    dx, dy = x1 - x2, y1 - y2
+    distance = (dx**2 + dy**2) / (hull_w**2 + hull_h**2).clamp(min=EPS)
+    return _Pair(iou, union, dx, dy, hull_w, hull_h, distance, w1, h1, w2, h2)
 
 
 def _iou(pair: _Pair) -> Tensor:
@@ -67,7 +65,7 @@ def _giou(pair: _Pair) -> Tensor:
 
 def _diou(pair: _Pair) -> Tensor:
     """The distance of the centres (Zheng et al. 2020)."""
-    return pair.distance()
+    return pair.distance
 
 
 def _ciou(pair: _Pair) -> Tensor:
@@ -79,7 +77,7 @@ def _ciou(pair: _Pair) -> Tensor:
     angle2 = torch.atan(pair.w2 / pair.h2.clamp(min=EPS))
     v = (4 / math.pi**2) * (angle1 - angle2) ** 2
     alpha = v / (1 - pair.iou + v).clamp(min=EPS)
-    return pair.distance() + alpha * v
+    return pair.distance + alpha * v
 
 
 def _siou(pair: _Pair) -> Tensor:
@@ -103,7 +101,7 @@ def _eiou(pair: _Pair) -> Tensor:
     """DIoU's and the squared differences of width and height (Zhang et al. 2021)."""
     width = (pair.w1 - pair.w2) ** 2 / (pair.hull_w**2).clamp(min=EPS)
     height = (pair.h1 - pair.h2) ** 2 / (pair.hull_h**2).clamp(min=EPS)
-    return pair.distance() + width + height
+    return pair.distance + width + height
 
 
 BOX_LOSSES = {  # kind -> what is added to 1 - IoU
@@ -116,14 +114,18 @@ BOX_LOSSES = {  # kind -> what is added to 1 - IoU
 }
 
 
-def box_loss(kind: str, predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> Tensor:
-    """1 - XIoU of paired boxes, (..., 4) and (..., 4) -> (...). UserError for an unknown kind."""
+def box_losses(kind: str, predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+    """1 - XIoU of paired boxes and their plain IoU, both (...).
+
+    Args:
+        kind: One of BOX_LOSSES.
+        predicted_cxcywh: (..., 4).
+        target_cxcywh: (..., 4).
+
+    Raises:
+        UserError: If the kind is unknown.
+    """
     if kind not in BOX_LOSSES:
         raise UserError(f"box_loss {kind!r} is unknown. Allowed: {', '.join(BOX_LOSSES)}.")
     pair = _measure(predicted_cxcywh, target_cxcywh)
-    return 1 - pair.iou + BOX_LOSSES[kind](pair)
-
-
-def paired_iou(boxes1_cxcywh: Tensor, boxes2_cxcywh: Tensor) -> Tensor:
-    """Plain IoU of paired boxes, (..., 4) and (..., 4) -> (...)."""
-    return _measure(boxes1_cxcywh, boxes2_cxcywh).iou
+    return 1 - pair.iou + BOX_LOSSES[kind](pair), pair.iou

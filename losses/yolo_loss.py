@@ -15,7 +15,7 @@ from losses.assign import (
     overlaps_truth,
     place_candidates,
 )
-from losses.box_loss import BOX_LOSSES, box_loss, paired_iou
+from losses.box_loss import BOX_LOSSES, box_losses
 from losses.class_loss import build_cls_loss
 from losses.conf import build_conf_loss, conf_settings
 from losses.conf.alpha import MeasuredAlpha
@@ -30,42 +30,44 @@ ALIGNMENT = (0.5, 6.0)  # exponents of score and IoU in "aligned": TOOD's with t
 MIN_IOU_TARGET = 1e-3  # a positive's target stays above 0, which would make it a negative
 
 
-class Denominators(NamedTuple):
-    """How many a mean is over, at least 1. Under torch.distributed the sums over ranks, divided by
-    their number because DDP averages the gradients: the ranks' mean is the joint batch's loss.
-    """
+class Matched(NamedTuple):
+    """The network's answer and what it should have been, for (3, N, A) candidates, (B, K) cells."""
 
-    counted: Tensor  # (3,) cells of each scale
-    weights: Tensor  # (3,) of the positives
-    all_positives: Tensor  # ()
-
-    @classmethod
-    def of(cls, counts: Tensor) -> "Denominators":
-        """counts: (3, 3) float32, positives, their weights and counted cells of this rank."""
-        counts = sum_over_ranks(counts)
-        _, weights, counted = counts.clamp(min=1) / world_size()
-        return cls(counted, weights, counts[0].sum().clamp(min=1) / world_size())
+    positives: Positives
+    objectness: Tensor  # (B, K) logits
+    counted: Tensor  # (B, K) bool; the others are ignored
+    classes: Tensor  # (3, N, A, C) logits
+    loc_losses: Tensor  # (3, N, A)
+    iou: Tensor  # (3, N, A) of predicted box and truth, detached
+    sizes: list[int]  # cells of each scale in an image
 
 
 class _PickCells(torch.autograd.Function):
-    """Objectness of every cell and whole cells of the candidates, from one scale's map.
+    """Objectness of every cell, (B, K), and the candidates' cells, (3, N, A, 5 + C), as float32.
 
-    By plain indexing the backward pass fills two zero maps and adds them; here it fills one.
+    By plain indexing the backward pass fills two zero maps per scale and adds them; here it fills
+    one.
     """
 
     @staticmethod
-    def forward(ctx: Any, raw: Tensor, *index: Tensor) -> tuple[Tensor, Tensor]:
-        """raw: (B, H, W, 3, 5 + C), index: image, row, column, anchor of the cells to take."""
-        ctx.save_for_backward(raw, *index)
-        return raw[..., 4].flatten(1).float(), raw[index].float()
+    def forward(ctx: Any, index: Tensor, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        """index: (3, N, A) cells of the candidates, numbered in each of the three maps;
+        maps: (B, H, W, 3, 5 + C)."""
+        ctx.save_for_backward(index, *maps)
+        objectness = torch.cat([raw[..., 4].flatten(1) for raw in maps], dim=1)
+        cells = [raw.flatten(0, 3)[own] for own, raw in zip(index, maps, strict=True)]
+        return objectness.float(), torch.stack(cells).float()
 
     @staticmethod
     def backward(ctx: Any, objectness: Tensor, picked: Tensor) -> tuple[Tensor | None, ...]:
-        raw, *index = ctx.saved_tensors
-        gradient = torch.zeros_like(raw)
-        gradient[..., 4] = objectness.view(raw.shape[:-1])
-        gradient.index_put_(tuple(index), picked.to(raw.dtype), accumulate=True)
-        return gradient, *(None for _ in index)
+        index, *maps = ctx.saved_tensors
+        parts = objectness.split([raw[0, ..., 0].numel() for raw in maps], dim=1)
+        gradients = [raw.new_zeros(raw.shape) for raw in maps]
+        for gradient, part, own, cells in zip(gradients, parts, index, picked, strict=True):
+            gradient[..., 4] = part.view(gradient.shape[:-1])
+            rows = cells.flatten(0, 1).to(gradient.dtype)
+            gradient.flatten(0, 3).index_add_(0, own.flatten(), rows)
+        return None, *gradients
 
 
 class YOLOLoss(nn.Module):
@@ -152,13 +154,14 @@ class YOLOLoss(nn.Module):
                 "cx, cy, w, h, as data.dataset.collate makes them."
             )
         with torch.autocast(outputs[0].device.type, enabled=False):
-            return self._terms(outputs, targets.float(), with_cells=cells)
+            maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
+            return self._terms(self._match(maps, targets.float()), with_cells=cells)
 
-    def _terms(
-        self, outputs: Sequence[Tensor], targets: Tensor, *, with_cells: bool
-    ) -> dict[str, Any]:
-        maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
-        sizes = [raw[0, ..., 0].numel() for raw in maps]
+    def _match(self, maps: list[Tensor], targets: Tensor) -> Matched:
+        """Which cells are to find which object, and how well their boxes fit so far.
+
+        maps: (B, H, W, 3, 5 + C).
+        """
         candidates = place_candidates(
             targets,
             self.anchors,
@@ -168,44 +171,60 @@ class YOLOLoss(nn.Module):
             threshold=self.anchor_threshold,
             scale_xy=self.scale_xy,
         )
-        images = targets[:, 0].long()
-        objectness, predictions = _pick(maps, images, candidates)
+        objectness, predictions = _PickCells.apply(candidates.in_map, *maps)
         predicted = self._decode(predictions, candidates)
         truths = candidates.boxes_grid[:, :, None]
-        iou = paired_iou(predicted.detach(), truths)
+        loc_losses, iou = box_losses(self.box_loss, predicted, truths)
+        quality = None
+        if self.assigner == "aligned":
+            quality = self._alignment(predictions, targets[:, 1], iou.detach())
         positives = choose_positives(
             candidates,
             targets[:, 1],
             num_classes=self.num_classes,
-            shape=(len(maps[0]), sum(sizes)),
-            quality=self._alignment(predictions, targets[:, 1], iou),
+            shape=objectness.shape,
+            quality=quality,
         )
-        counted = positives.mask | ~self._overlapping(maps, images, candidates)
+        ignored = self._overlapping(maps, targets[:, 0].long(), candidates)
+        counted = positives.mask | ~ignored
+        sizes = [raw[0, ..., 0].numel() for raw in maps]
+        classes = predictions[..., 5:]
+        return Matched(positives, objectness, counted, classes, loc_losses, iou.detach(), sizes)
+
+    def _terms(self, matched: Matched, *, with_cells: bool) -> dict[str, Any]:
+        """The losses of all cells, weighted and summed over the scales."""
+        positives, objectness, counted, classes, loc_losses, iou, sizes = matched
         weights = positives.chosen.float()
         if positives.quality is not None:
             weights = weights * positives.quality
-        by_scale = weights.sum((1, 2))
+        of_scale = weights.sum((1, 2))
         if positives.quality is not None:
-            by_scale = by_scale.sum().expand(3)  # one mean over all scales
-        counts = (positives.chosen.sum((1, 2)), by_scale, _sum_by_scale(counted, sizes))
-        denominators = Denominators.of(torch.stack(counts).float())
+            of_scale = of_scale.sum().expand(3)  # one mean over all scales
+        counts = (positives.chosen.sum((1, 2)), of_scale, _sum_by_scale(counted, sizes))
+        # Under torch.distributed: sums over ranks, divided by their number because DDP averages
+        # the gradients, so that the ranks' mean is the loss of the joint batch.
+        sums = sum_over_ranks(torch.stack(counts).float())
+        _, per_scale, counted_cells = sums.clamp(min=1) / world_size()
 
-        loc = self._loc(predicted, truths, weights, denominators.weights)
-        cls = self._cls(predictions[..., 5:], positives.classes, weights, denominators.weights)
+        loc = self.loc_gain * ((loc_losses * weights).sum((1, 2)) / per_scale).sum()
+        named = positives.classes * (1 - self.label_smoothing) + self.label_smoothing / 2
+        cls_losses = self.cls_loss(classes, named).sum(-1) * weights
+        cls = self.cls_gain / 80 * (cls_losses.sum((1, 2)) / per_scale).sum()
+
         target = self._conf_target(iou, positives)
-        losses = self._conf_losses(objectness, target, counted) * counted
-        weights = self._conf_weights(denominators)
-        conf = (weights * _sum_by_scale(losses, sizes)).sum()
-        terms = {
-            "total": loc + conf + cls,
-            "loc": loc,
-            "conf": conf,
-            "cls": cls,
-            "positives": counts[0].sum().float(),
-            "ignored": (~counted).sum().float(),
-        }
+        mask = (counted,) if self.conf_settings.wants_mask else ()
+        conf_losses = self.conf_loss(objectness, target, *mask) * counted
+        gains = self.conf_settings.gain * self.balance
+        if self.conf_settings.normalizer == "positives":
+            gains = gains / (sums[0].sum().clamp(min=1) / world_size())
+        else:
+            gains = self.conf_factor * gains / counted_cells
+        conf = (gains * _sum_by_scale(conf_losses, sizes)).sum()
+
+        terms = {"total": loc + conf + cls, "loc": loc, "conf": conf, "cls": cls}
+        terms |= {"positives": counts[0].sum().float(), "ignored": (~counted).sum().float()}
         if with_cells:
-            weighted = losses.detach() * _by_cell(weights, sizes)
+            weighted = conf_losses.detach() * _by_cell(gains, sizes)
             seen = ConfCells(objectness, target, positives.mask, counted, weighted, sizes)
             terms |= self._look(seen, conf)
         return terms
@@ -238,13 +257,8 @@ class YOLOLoss(nn.Module):
     @torch.no_grad()
     def _alignment(
         self, predictions: Tensor, class_ids: Tensor, iou: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        """How well candidates detect their truth, score^a IoU^b, and the IoU, (3, N, A) each.
-
-        None where the assigner does not ask.
-        """
-        if self.assigner != "aligned":
-            return None
+    ) -> tuple[Tensor, Tensor]:
+        """How well candidates detect their truth, score^a IoU^b, and the IoU, (3, N, A) each."""
         place = class_ids.long().clamp(0, self.num_classes - 1)[:, None, None]
         named = predictions[..., 5:].gather(-1, place.expand(*iou.shape, 1))[..., 0]
         score = predictions[..., 4].sigmoid() * named.sigmoid()
@@ -269,17 +283,6 @@ class YOLOLoss(nn.Module):
             torch.cat(corners, dim=2), truths_xyxy, images, threshold=self.ignore_threshold
         )
 
-    def _loc(self, predicted: Tensor, truths: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
-        """The mean of each scale's positives, summed over scales."""
-        losses = box_loss(self.box_loss, predicted, truths) * weights
-        return self.loc_gain * (losses.sum((1, 2)) / sums).sum()
-
-    def _cls(self, logits: Tensor, classes: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
-        """The mean over each scale's positives and classes, summed over scales, times C / 80."""
-        target = classes * (1 - self.label_smoothing) + self.label_smoothing / 2
-        losses = self.cls_loss(logits, target).sum(-1) * weights
-        return self.cls_gain / 80 * (losses.sum((1, 2)) / sums).sum()
-
     def _conf_target(self, iou: Tensor, positives: Positives) -> Tensor:
         """(B, K): 0 for negatives; for positives 1, or mixed with the IoU of the predicted box."""
         if not self.iou_target:
@@ -290,17 +293,6 @@ class YOLOLoss(nn.Module):
         target.scatter_(0, positives.cells.flatten(), mixed.flatten())
         return target[:-1].view_as(positives.mask)
 
-    def _conf_losses(self, objectness: Tensor, target: Tensor, counted: Tensor) -> Tensor:
-        mask = (counted,) if self.conf_settings.wants_mask else ()
-        return self.conf_loss(objectness, target, *mask)
-
-    def _conf_weights(self, denominators: Denominators) -> Tensor:
-        """(3,) what a cell's loss is multiplied by, with the normalizer that the loss declares."""
-        weights = self.conf_settings.gain * self.balance
-        if self.conf_settings.normalizer == "positives":
-            return weights / denominators.all_positives
-        return self.conf_factor * weights / denominators.counted
-
     def _check_outputs(self, outputs: Sequence[Tensor]) -> None:
         channels = 3 * (5 + self.num_classes)
         shapes = [tuple(raw.shape) for raw in outputs]
@@ -310,14 +302,6 @@ class YOLOLoss(nn.Module):
                 f"outputs have shapes {shapes}; {self.num_classes} classes need three maps of "
                 f"{channels} channels, strides 8, 16, 32. Give the network the same num_classes."
             )
-
-
-def _pick(maps: list[Tensor], images: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """(B, K) objectness of all cells and (3, N, A, 5 + C) candidates, raw, float32."""
-    places = zip(maps, candidates.rows, candidates.columns, candidates.anchors, strict=True)
-    picked = [_PickCells.apply(raw, images[:, None], *place) for raw, *place in places]
-    objectness, predictions = zip(*picked, strict=True)
-    return torch.cat(objectness, dim=1), torch.stack(predictions)
 
 
 def _sum_by_scale(values: Tensor, sizes: list[int]) -> Tensor:

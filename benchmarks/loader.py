@@ -26,8 +26,7 @@ import tyro
 from benchmarks.fork_loader import mosaic_sample
 from data.augment import scale_hsv
 from data.dataset import VocDataset
-from data.image import read_image, reduce
-from data.letterbox import resize
+from data.image import read_image, reduce, resize
 from data.sampler import EpochBatchSampler
 from data.voc import Sample, read_class_names, read_split
 from utils.errors import run_script

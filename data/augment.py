@@ -12,7 +12,8 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from data.letterbox import GREY, resize
+from data.image import resize
+from data.letterbox import GREY
 from utils.errors import UserError
 
 MIN_BOX_SIDE = 1.0  # pixels of the canvas: a box as thin as this or thinner is dropped

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.image import read_image, reduce
-from data.letterbox import letterbox_geometry, resize
+from data.image import read_image, reduce, resize
+from data.letterbox import letterbox_geometry
 from data.pixel_file import PixelFile, pixel_file
 from data.sampler import BLOCK
 from data.voc import Sample
@@ -102,22 +102,19 @@ class ImageCache:
         self._sizes = [kept_hw(sample.image_hw, limit_hw) for sample in samples]
         ends = np.cumsum([0] + [self._offset(hw, len(REDUCTIONS)) for hw in self._sizes])
         self._in_memory = int(np.searchsorted(ends[1:], budget_bytes, side="right"))
-        self._starts = ends[: 1 + (len(samples) if folder else self._in_memory)].tolist()
+        self.kept = len(samples) if folder else self._in_memory  # in memory or in the file
+        self._starts = ends[: 1 + self.kept].tolist()
         self._recent = RecentImages(BLOCK, RECENT_BYTES)
         self._pixels = torch.empty(self._starts[self._in_memory], dtype=torch.uint8)
         self._file: PixelFile | None = None
-        if self._in_memory < len(self):  # first, to raise early for an unusable folder
+        if self._in_memory < self.kept:  # first, to raise early for an unusable folder
             self._file = self._open_file(folder)
         if self._in_memory:
             self._fill_memory()
 
-    def __len__(self) -> int:
-        """How many images are in memory or in the file."""
-        return len(self._starts) - 1
-
     def read(self, index: int) -> np.ndarray:
         """Image `index`, (H, W, 3) uint8 RGB; one that is kept must not be written to."""
-        return self._view(index, 1) if index < len(self) else read_sample(self.samples[index])
+        return self._view(index, 1) if index < self.kept else read_sample(self.samples[index])
 
     def read_for(
         self, index: int, size_hw: tuple[int, int]
@@ -127,9 +124,9 @@ class ImageCache:
         The scale says how many of its pixels make one of the sample's, (down, across). It must not
         be written to.
         """
-        kept = self._sizes[index] if index < len(self) else self.samples[index].image_hw
+        kept = self._sizes[index] if index < self.kept else self.samples[index].image_hw
         reduction = choose_reduction(kept, size_hw)
-        if index >= len(self):
+        if index >= self.kept:
             image, reduction = self._decode(index, reduction)
         elif reduction in self._reductions:
             image = self._view(index, reduction)
@@ -176,7 +173,7 @@ class ImageCache:
 
     def _open_file(self, folder: str) -> PixelFile:
         """The file of what is not in memory, written unless an earlier run has left it."""
-        rest = range(self._in_memory, len(self))
+        rest = range(self._in_memory, self.kept)
         content = [(self.samples[i].image_path, self._sizes[i], self._reductions) for i in rest]
         size = self._starts[-1] - len(self._pixels)
         text = f"decoding {len(rest)} of {len(self.samples)} images into {folder}"

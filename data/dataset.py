@@ -3,7 +3,9 @@
 import dataclasses
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,6 +74,8 @@ class VocDataset(Dataset[Item]):
             reduced=train,
             folder=cache_dir if cache else "",
         )
+        # Difficult objects are ignore regions.
+        self._class_ids = [np.where(own.difficult, -1, own.class_ids) for own in samples]
         self.repeats = repeat_factors(samples, repeat_threshold)
         self._blocks = EpochBlocks(len(samples), seed=seed, repeats=self.repeats)
         # Shared memory: persistent workers hold copies of this object, but see this tensor.
@@ -88,8 +92,8 @@ class VocDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Item:
-        if self.repeats is None:
-            index = range(len(self))[index]  # negative ones from the end; IndexError beyond it
+        if self.repeats is None:  # negative ones from the end; IndexError beyond it
+            index = range(len(self.samples))[index]
         return self._augmented(index) if self.train else self._letterboxed(index)
 
     def _letterboxed(self, index: int) -> Item:
@@ -97,52 +101,43 @@ class VocDataset(Dataset[Item]):
         image = letterbox(self._images.read(index), self.input_shape)
         boxes_xyxy = torch.from_numpy(sample.boxes_xyxy)
         boxes_xyxy = image_to_letterbox(boxes_xyxy, sample.image_hw, self.input_shape)
-        return to_item(LabelledImage(image, boxes_xyxy.numpy(), target_ids(sample)))
+        return to_item(LabelledImage(image, boxes_xyxy.numpy(), self._class_ids[index]))
 
     def _augmented(self, index: int) -> Item:
         epoch, mosaic = self._epoch_and_mosaic.tolist()
         rng = random_generator(self.seed, epoch, index)
+        how: dict[str, Any] = {"augmentation": self.augmentation, "rng": rng}
         if not mosaic or rng.random() >= self.mosaic_prob:
-            return to_item(self._single(index, rng))
+            return to_item(random_single(self._source(index), self.input_shape, **how))
         near = self._blocks.around(index, epoch=epoch)
         *partners, mixed = near[rng.integers(len(near), size=4)].tolist()
         indices = rng.permutation([index, *partners])
         sources = [self._source(i) for i in indices.tolist()]
-        image = random_mosaic(sources, self.input_shape, augmentation=self.augmentation, rng=rng)
+        image = random_mosaic(sources, self.input_shape, **how)
         if rng.random() < self.mixup_prob:
-            image = mixup(image, self._single(mixed, rng))
+            image = mixup(image, random_single(self._source(mixed), self.input_shape, **how))
         return to_item(image)
 
-    def _single(self, index: int, rng: np.random.Generator) -> LabelledImage:
-        source = self._source(index)
-        return random_single(source, self.input_shape, augmentation=self.augmentation, rng=rng)
-
     def _source(self, index: int) -> "StoredImage":
-        index %= len(self)  # of an image that is repeated in the epoch
-        return StoredImage(self.samples[index], self._images, index)
+        index %= len(self.samples)  # of an image that is repeated in the epoch
+        sample = self.samples[index]
+        read_for = partial(self._images.read_for, index)
+        return StoredImage(sample.image_hw, sample.boxes_xyxy, self._class_ids[index], read_for)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredImage:
     """An image of a cache or on disk with its objects: a Source of the augmentation."""
 
-    sample: Sample
-    images: ImageCache
-    index: int
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return self.sample.image_hw
+    image_hw: tuple[int, int]
+    boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of an image of that size
+    class_ids: np.ndarray
+    read_for: Callable[[tuple[int, int]], tuple[np.ndarray, tuple[float, float]]]
 
     def for_size(self, size_hw: tuple[int, int]) -> LabelledImage:
-        image, (down, across) = self.images.read_for(self.index, size_hw)
+        image, (down, across) = self.read_for(size_hw)
         scale = np.array((across, down, across, down), np.float32)
-        return LabelledImage(image, self.sample.boxes_xyxy * scale, target_ids(self.sample))
-
-
-def target_ids(sample: Sample) -> np.ndarray:
-    """Class ids to train on: -1, an ignore region, for difficult objects."""
-    return np.where(sample.difficult, -1, sample.class_ids)
+        return LabelledImage(image, self.boxes_xyxy * scale, self.class_ids)
 
 
 def to_item(image: LabelledImage) -> Item:
@@ -154,18 +149,6 @@ def to_item(image: LabelledImage) -> Item:
     targets[:, 1:3] = (corners[:, :2] + corners[:, 2:]) / 2
     targets[:, 3:] = corners[:, 2:] - corners[:, :2]
     return torch.from_numpy(image.image).permute(2, 0, 1), torch.from_numpy(targets)
-
-
-def collate(items: Sequence[Item]) -> Item:
-    """Items -> images uint8 (B, 3, H, W) in channels_last memory, targets (N, 6).
-
-    A target is image_index, class_id, cx, cy, w, h. For `DataLoader(collate_fn=collate)`.
-    """
-    images, targets = zip(*items, strict=True)
-    batch = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
-    counts = torch.tensor([len(target) for target in targets])
-    image_index = torch.arange(len(items)).repeat_interleave(counts)
-    return batch, torch.cat((image_index[:, None].float(), torch.cat(targets)), dim=1)
 
 
 def init_worker(_worker_id: int) -> None:

@@ -1,9 +1,9 @@
 """Fit an image into the network input with its aspect kept, and map boxes there and back."""
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from data.image import resize
 
 GREY = 128  # the padding: the fork's grey
 
@@ -21,22 +21,6 @@ def letterbox_geometry(
     height = max(1, min(input_hw[0], round(image_hw[0] * scale)))
     width = max(1, min(input_hw[1], round(image_hw[1] * scale)))
     return (input_hw[0] - height) // 2, (input_hw[1] - width) // 2, height, width
-
-
-def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
-    """Resize an (H, W, 3) uint8 image, bicubic, antialiased where it shrinks.
-
-    PIL's bicubic up to rounding: 3 levels of 255 at most, on noise. 640 x 480 to 416 x 312 takes
-    0.94 ms on one x86 core; OpenCV's area averaging takes 2.8, PIL 4.9.
-    """
-    if tuple(size_hw) == image.shape[:2]:
-        return image
-    # A copy where torch could not take the array: reversed channels, a read-only image.
-    pixels = torch.from_numpy(np.require(image, np.uint8, ["C", "W"]))
-    # In this order (batch first) torch knows the memory as channels_last, and needs no copy.
-    batch = pixels[None].permute(0, 3, 1, 2)
-    resized = F.interpolate(batch, size=tuple(size_hw), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()
 
 
 def letterbox(image: np.ndarray, input_hw: tuple[int, int]) -> np.ndarray:

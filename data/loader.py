@@ -1,17 +1,24 @@
 """Training batches, loaded by workers ahead of the steps."""
 
+import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
-from data.dataset import VocDataset, collate, init_worker
+from data.dataset import VocDataset, init_worker
 from data.sampler import BLOCK, EpochBatchSampler
+from utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+SHARED_MEMORY = "/dev/shm"  # of Linux: Docker gives 64 MB of it where nothing else is said
+PREFETCH = 2  # what a worker has ready of its next batches
+CURE = "start Docker with --shm-size=8g, or give fewer --num_workers or a smaller --batch_size."
 
 
 class TrainingLoader:
@@ -21,6 +28,8 @@ class TrainingLoader:
     A worker is given all batches of a block of mosaic partners (data.sampler.EpochBlocks), so that
     it decodes an image about once, however many workers there are; ranks that share a block each
     decode what their own samples need of it. Workers live until the loader goes.
+
+    Raises UserError where there is too little shared memory for what they load ahead.
     """
 
     def __init__(
@@ -31,11 +40,15 @@ class TrainingLoader:
         num_workers: int,
         pin_memory: bool,
     ):
+        height, width = train_set.input_shape
+        ahead = num_workers * PREFETCH * max(BLOCK, sampler.batch_size)
+        check_shared_memory(ahead * height * width * 3)
         self._loader = DataLoader(
             train_set,
             batch_sampler=BlockSampler(sampler),
             collate_fn=partial(collate_batches, batch_size=sampler.batch_size),
             num_workers=num_workers,
+            prefetch_factor=PREFETCH if num_workers else None,
             worker_init_fn=init_worker,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
@@ -63,6 +76,47 @@ class BlockSampler(Sampler[list[int]]):
                 joined = []
         if joined:
             yield joined
+
+
+def collate(items: Sequence[Batch]) -> Batch:
+    """Items -> images uint8 (B, 3, H, W) in channels_last memory, targets (N, 6).
+
+    A target is image_index, class_id, cx, cy, w, h. For `DataLoader(collate_fn=collate)`.
+    """
+    images, targets = zip(*items, strict=True)
+    rows = [image.permute(1, 2, 0) for image in images]
+    batch = torch.stack(rows, out=room(len(rows), *rows[0].shape, dtype=torch.uint8))
+    counts = torch.tensor([len(target) for target in targets])
+    image_index = torch.arange(len(items)).repeat_interleave(counts)
+    columns = (image_index[:, None].float(), torch.cat(targets))
+    joined = torch.cat(columns, dim=1, out=room(len(image_index), 6, dtype=torch.float32))
+    return batch.permute(0, 3, 1, 2), joined
+
+
+def check_shared_memory(need: int, folder: str = SHARED_MEMORY) -> None:
+    """Raises UserError where less than `need` bytes of shared memory are free on this machine."""
+    if os.path.isdir(folder) and (free := shutil.disk_usage(folder).free) < need:
+        raise UserError(
+            f"the data loading processes need up to {need / 1e6:.0f} MB of shared memory, and "
+            f"{folder} has {free / 1e6:.0f} MB free: {CURE}"
+        )
+
+
+def room(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An empty tensor; in a DataLoader's worker in shared memory, as torch's own collate has it.
+
+    Else the queue would copy it there, in a thread whose error (no space left) nobody hears: the
+    batch would be lost, and training wait for it for ever.
+    """
+    if get_worker_info() is None or 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    except RuntimeError as error:
+        raise UserError(
+            f"a data loading process has no shared memory left: {CURE} ({error})"
+        ) from None
+    return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)
 
 
 def collate_batches(items: Sequence[Batch], batch_size: int) -> list[Batch]:

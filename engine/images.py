@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from data.image import read_image
-from data.letterbox import image_to_letterbox, letterbox, resize
+from data.image import read_image, resize
+from data.letterbox import image_to_letterbox, letterbox
 from data.voc import Sample
 from utils.draw import draw_boxes, image_grid
 

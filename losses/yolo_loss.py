@@ -151,7 +151,7 @@ class YOLOLoss(nn.Module):
         if targets.ndim != 2 or targets.shape[1] != 6:
             raise UserError(
                 f"targets have shape {tuple(targets.shape)}; give (N, 6): image index, class id, "
-                "cx, cy, w, h, as data.dataset.collate makes them."
+                "cx, cy, w, h, as data.loader.collate makes them."
             )
         with torch.autocast(outputs[0].device.type, enabled=False):
             maps = [raw.unflatten(1, (3, -1)).permute(0, 3, 4, 1, 2) for raw in outputs]
@@ -165,7 +165,7 @@ class YOLOLoss(nn.Module):
         candidates = place_candidates(
             targets,
             self.anchors,
-            grids=[tuple(raw.shape[1:3]) for raw in maps],
+            grids=[(raw.shape[1], raw.shape[2]) for raw in maps],
             num_classes=self.num_classes,
             assigner=self.assigner,
             threshold=self.anchor_threshold,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.dataset import VocDataset, collate, init_worker
+from data.dataset import VocDataset, init_worker
 from data.letterbox import letterbox_to_image
-from data.loader import to_input
+from data.loader import collate, to_input
 from data.voc import Sample
 from losses.conf.cells import CellHistogram
 from metrics.nms import non_max_suppression

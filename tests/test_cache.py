@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 
 from data.augment import Augmentation
 from data.cache import ImageCache, RecentImages, choose_reduction
-from data.dataset import VocDataset, collate
+from data.dataset import VocDataset
 from data.image import read_image
+from data.loader import collate
 from data.sampler import BLOCK, EpochBatchSampler
 from data.voc import read_split
 from tests.factory import add_image, write_split
@@ -32,7 +33,7 @@ def samples(tmp_path_factory):
 
 def test_images_are_kept_whole_or_shrunk_to_fit_the_limit(samples):
     cache = ImageCache(samples, (64, 64), 10**6)
-    assert len(cache) == 4
+    assert cache.kept == 4
     shapes = [cache.read(i).shape for i in range(4)]
     assert shapes == [(40, 60, 3), (64, 43, 3), (20, 20, 3), (29, 64, 3)]
     for i in (0, 2):
@@ -45,7 +46,7 @@ def test_images_are_kept_whole_or_shrunk_to_fit_the_limit(samples):
 @pytest.mark.parametrize(("budget", "kept"), [(-1, 0), (0, 0), (7199, 0), (7200, 1), (15456, 2)])
 def test_what_exceeds_the_budget_comes_from_disk(samples, budget, kept):
     cache = ImageCache(samples, (64, 64), budget)
-    assert len(cache) == kept
+    assert cache.kept == kept
     for i in range(kept, 4):
         assert (cache.read(i) == read_image(samples[i].image_path)).all()
 
@@ -92,7 +93,7 @@ def test_reduced_images_come_from_memory_as_they_come_from_disk(samples):
 
 
 def test_no_images_are_no_error():
-    assert len(ImageCache([], (64, 64), 10**6)) == 0
+    assert ImageCache([], (64, 64), 10**6).kept == 0
 
 
 @pytest.mark.parametrize("budget", [0, 10**6])
@@ -148,9 +149,9 @@ def test_boxes_follow_the_rounded_size_of_a_shrunk_image(tmp_path):
 def test_cache_gb_bounds_what_is_kept_with_its_reductions(samples):
     one_image = (40 * 60 + 20 * 30 + 10 * 15 + 5 * 8) * 3 / 2**30
     less = VocDataset(samples, (32, 32), train=True, cache=True, cache_gb=one_image * 0.999)
-    assert len(less._images) == 0
+    assert less._images.kept == 0
     dataset = VocDataset(samples, (32, 32), train=True, cache=True, cache_gb=one_image)
-    assert len(dataset._images) == 1
+    assert dataset._images.kept == 1
 
 
 def test_spawned_workers_read_the_cache_and_follow_the_epoch(samples):

@@ -5,7 +5,8 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 
 from data.augment import Augmentation, LabelledImage
-from data.dataset import VocDataset, collate, init_worker
+from data.dataset import VocDataset, init_worker
+from data.loader import collate
 from data.sampler import EpochBatchSampler
 from data.voc import read_split
 from tests.factory import add_image, coloured_boxes, write_split

@@ -1,4 +1,7 @@
 import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -7,12 +10,14 @@ import pytest
 import torch
 from torch.utils.data import get_worker_info
 
-from data.dataset import VocDataset, collate
+from data.dataset import VocDataset
 from data.image import read_image
-from data.loader import BlockSampler, TrainingLoader
+from data.loader import BlockSampler, TrainingLoader, check_shared_memory, collate
 from data.sampler import BLOCK, EpochBatchSampler
 from data.voc import read_split
 from tests.factory import add_image, write_split
+from tests.training import ROOT
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 32, 40])
@@ -72,3 +77,45 @@ def test_three_workers_decode_each_image_about_once(samples, monkeypatch, tmp_pa
     decoded = Counter(line.split()[1] for line in log.read_text().splitlines())
     assert {line.split()[0] for line in log.read_text().splitlines()} == {"0", "1", "2"}
     assert len(decoded) == decoded.total() == len(samples)
+
+
+def test_too_little_shared_memory_is_said_before_the_first_batch(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    check_shared_memory(1, tmp_path)
+    check_shared_memory(2**60, tmp_path / "missing")  # a system without such a folder
+    with pytest.raises(UserError, match=r"MB free: start Docker with --shm-size"):
+        check_shared_memory(free + 2**40, tmp_path)
+
+
+FULL_SHARED_MEMORY = """
+import torch
+from torch.utils.data import DataLoader, Dataset
+from data.loader import collate
+from utils.errors import run_script
+
+class Zeros(Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.zeros(416, 416, 3, dtype=torch.uint8).permute(2, 0, 1), torch.zeros(3, 5)
+
+def main():
+    for _ in DataLoader(Zeros(), batch_size=8, num_workers=4, collate_fn=collate):
+        pass
+
+run_script(main)
+"""
+SMALL = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*SMALL, "true"], capture_output=True).returncode,
+    reason="needs the right to mount a small /dev/shm",
+)
+def test_shared_memory_that_runs_out_ends_the_run_with_a_message():
+    command = [*SMALL, sys.executable, "-c", FULL_SHARED_MEMORY]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "\nerror: a data loading process has no shared memory left: start" in "\n" + done.stderr
+    assert "Traceback" not in done.stderr

@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.cache import ImageCache
-from data.dataset import VocDataset, collate
+from data.dataset import VocDataset
+from data.loader import collate
 from data.pixel_file import STALE_SECONDS, PixelFile, pixel_file
 from data.voc import read_split
 from tests.factory import add_image, write_split
@@ -41,7 +42,7 @@ def files(folder):
 def test_images_from_the_file_are_those_from_memory(samples, tmp_path, budget):
     memory = ImageCache(samples, (70, 70), 10**7, reduced=True)
     mapped = ImageCache(samples, (70, 70), budget, reduced=True, folder=str(tmp_path / "cache"))
-    assert len(mapped) == 5
+    assert mapped.kept == 5
     assert (tmp_path / "cache").exists() == (budget < 10**7)
     for i in range(5):
         for size in (80, 40, 20, 5):

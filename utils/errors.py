@@ -24,7 +24,9 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # One of a DataLoader's worker comes as text, behind its traceback.
+        message = str(error).rpartition("utils.errors.UserError: ")[2].rstrip()
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

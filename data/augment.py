@@ -58,14 +58,6 @@ class LabelledImage:
     boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of `image`
     class_ids: np.ndarray  # (n,) int64; -1 is an ignore region
 
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        return self.image.shape[:2]
-
-    def for_size(self, size_hw: tuple[int, int]) -> "LabelledImage":
-        """Itself: it is in memory, at whatever size it will be drawn."""
-        return self
-
 
 class Source(Protocol):
     """An image that is read once it is known how large it will be drawn."""
@@ -118,23 +110,17 @@ def place_image(
     What lies outside the area of the canvas is not drawn, but some must lie inside. That part is
     rounded to whole pixels of the image, at least one.
     """
-    (y1, y2, top, bottom), (x1, x2, left, right) = (
-        place_side(image_hw[i], (area_xyxy[1 - i], area_xyxy[3 - i]), size_hw[i], top_left[i])
-        for i in (0, 1)
-    )
+    sides = []
+    for axis, area in enumerate((area_xyxy[1::2], area_xyxy[::2])):
+        whole, size, offset = image_hw[axis], size_hw[axis], top_left[axis]
+        start, stop = max(offset, area[0]), min(offset + size, area[1])
+        first = min(round((start - offset) * whole / size), whole - 1)
+        last = max(round((stop - offset) * whole / size), first + 1)
+        sides.append((first, last, start, stop))
+    (y1, y2, top, bottom), (x1, x2, left, right) = sides
     if flip:
         x1, x2 = image_hw[1] - x2, image_hw[1] - x1
     return Placement((x1, y1, x2, y2), (left, top, right, bottom), flip)
-
-
-def place_side(
-    whole: int, area: tuple[int, int], size: int, offset: int
-) -> tuple[int, int, int, int]:
-    """One axis of it: the part of the image from and to, its place on the canvas from and to."""
-    start, stop = max(offset, area[0]), min(offset + size, area[1])
-    first = min(round((start - offset) * whole / size), whole - 1)
-    last = max(round((stop - offset) * whole / size), first + 1)
-    return first, last, start, stop
 
 
 def seen_boxes(
@@ -219,7 +205,7 @@ def random_single(
     image = source.for_size(size_hw)
     area_xyxy = (0, 0, input_hw[1], input_hw[0])
     placement = place_image(
-        image.image_hw, area_xyxy, size_hw=size_hw, top_left=(top, left), flip=flip
+        image.image.shape[:2], area_xyxy, size_hw=size_hw, top_left=(top, left), flip=flip
     )
     placement.draw(image.image, canvas)
     seen = seen_boxes([image], [placement], min_visible=augmentation.min_visible)
@@ -287,7 +273,7 @@ def place_at_corner(
     )
     top_left = (row if below else row - size_hw[0], column if right else column - size_hw[1])
     placement = place_image(
-        image.image_hw, area_xyxy, size_hw=size_hw, top_left=top_left, flip=flip
+        image.image.shape[:2], area_xyxy, size_hw=size_hw, top_left=top_left, flip=flip
     )
     return image, placement
 

@@ -127,7 +127,9 @@ class ImageCache:
         kept = self._sizes[index] if index < self.kept else self.samples[index].image_hw
         reduction = choose_reduction(kept, size_hw)
         if index >= self.kept:
-            image, reduction = self._decode(index, reduction)
+            least = choose_reduction(kept, self._sizes[index])
+            reduction = max(reduction, least)
+            image = self._decode(index, reduction, least)
         elif reduction in self._reductions:
             image = self._view(index, reduction)
         else:
@@ -135,18 +137,16 @@ class ImageCache:
         height, width = self.samples[index].image_hw
         return image, (kept[0] / height / reduction, kept[1] / width / reduction)
 
-    def _decode(self, index: int, reduction: int) -> tuple[np.ndarray, int]:
-        """An image from disk and its reduction: by the decoder as far as every size allows, from
+    def _decode(self, index: int, reduction: int, least: int) -> np.ndarray:
+        """An image from disk: reduced to `least` by the decoder, as far as every size allows, from
         there by halves, since it may be wanted larger in a moment."""
-        sample = self.samples[index]
-        least = choose_reduction(sample.image_hw, self._sizes[index])
 
-        def make(wanted: int) -> np.ndarray:
-            if wanted <= least:
-                return self._recent.get(index, least, lambda: read_sample(sample, least))
-            return self._recent.get(index, wanted, lambda: reduce(make(wanted // 2), 2))
+        def make() -> np.ndarray:
+            if reduction == least:
+                return read_sample(self.samples[index], least)
+            return reduce(self._decode(index, reduction // 2, least), 2)
 
-        return make(reduction), max(reduction, least)
+        return self._recent.get(index, reduction, make)
 
     def _offset(self, kept: tuple[int, int], count: int) -> int:
         """Bytes that an image's first `count` reductions take."""

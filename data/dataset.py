@@ -142,7 +142,7 @@ class StoredImage:
 
 def to_item(image: LabelledImage) -> Item:
     """An image of the network input's size as tensors; the image stays (H, W, 3) in memory."""
-    height, width = image.image_hw
+    height, width = image.image.shape[:2]
     corners = image.boxes_xyxy / np.array((width, height, width, height), np.float32)
     targets = np.empty((len(corners), 5), np.float32)
     targets[:, 0] = image.class_ids

@@ -29,7 +29,7 @@ class Candidates(NamedTuple):
 
     rows: Tensor  # int64
     columns: Tensor  # int64
-    anchors: Tensor  # int64 0..2, of the scale's three
+    anchors_grid: Tensor  # (3, N, A, 2) w, h in cells of the scale
     wanted: Tensor  # bool; the others only keep the shape
     cells: Tensor  # int64 numbers, image * K + place
     in_map: Tensor  # int64 numbers in the map of the scale, (image, row, column, anchor)
@@ -117,6 +117,8 @@ def place_candidates(
     fits = (fits & known).view(-1, 3, 3).transpose(0, 1)
     rows, columns, usable, boxes_grid = _locate(targets, grids, around, scale_xy)
     anchor_ids = torch.arange(3, device=targets.device).expand(*rows.shape, 3)
+    of_scale = [anchors[3 * i : 3 * i + 3] / stride for i, stride in enumerate(STRIDES)]
+    anchors_grid = torch.stack(of_scale)[:, None, None].expand(*anchor_ids.shape, 2)
     image = targets[:, :1, None].long()
     in_scale = [3 * height * width for height, width in grids]  # cells of an image
     in_map, cells = [], []
@@ -127,7 +129,7 @@ def place_candidates(
     return Candidates(
         rows=rows[..., None].expand_as(anchor_ids).flatten(2),
         columns=columns[..., None].expand_as(anchor_ids).flatten(2),
-        anchors=anchor_ids.flatten(2),
+        anchors_grid=anchors_grid.flatten(2, 3),
         wanted=(usable[..., None] & fits[:, :, None]).flatten(2),
         cells=torch.stack(cells).flatten(2),
         in_map=torch.stack(in_map).flatten(2),

@@ -32,26 +32,6 @@ class _Pair(NamedTuple):
     h2: Tensor
 
 
-def _measure(predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> _Pair:
-    corners1 = box_convert(predicted_cxcywh, "cxcywh", "xyxy")
-    corners2 = box_convert(target_cxcywh, "cxcywh", "xyxy")
-    top_left = torch.maximum(corners1[..., :2], corners2[..., :2])
-    bottom_right = torch.minimum(corners1[..., 2:], corners2[..., 2:])
-    inner_w, inner_h = (bottom_right - top_left).clamp(min=0).unbind(-1)
-    outer = torch.maximum(corners1[..., 2:], corners2[..., 2:]) - torch.minimum(
-        corners1[..., :2], corners2[..., :2]
-    )
-    hull_w, hull_h = outer.unbind(-1)
-    x1, y1, w1, h1 = predicted_cxcywh.unbind(-1)
-    x2, y2, w2, h2 = target_cxcywh.unbind(-1)
-    intersection = inner_w * inner_h
-    union = w1 * h1 + w2 * h2 - intersection
-    iou = intersection / union.clamp(min=EPS)
-    dx, dy = x1 - x2, y1 - y2
-    distance = (dx**2 + dy**2) / (hull_w**2 + hull_h**2).clamp(min=EPS)
-    return _Pair(iou, union, dx, dy, hull_w, hull_h, distance, w1, h1, w2, h2)
-
-
 def _iou(pair: _Pair) -> Tensor:
     """No penalty."""
     return torch.zeros_like(pair.iou)
@@ -127,5 +107,21 @@ def box_losses(kind: str, predicted_cxcywh: Tensor, target_cxcywh: Tensor) -> tu
     """
     if kind not in BOX_LOSSES:
         raise UserError(f"box_loss {kind!r} is unknown. Allowed: {', '.join(BOX_LOSSES)}.")
-    pair = _measure(predicted_cxcywh, target_cxcywh)
+    corners1 = box_convert(predicted_cxcywh, "cxcywh", "xyxy")
+    corners2 = box_convert(target_cxcywh, "cxcywh", "xyxy")
+    top_left = torch.maximum(corners1[..., :2], corners2[..., :2])
+    bottom_right = torch.minimum(corners1[..., 2:], corners2[..., 2:])
+    inner_w, inner_h = (bottom_right - top_left).clamp(min=0).unbind(-1)
+    outer = torch.maximum(corners1[..., 2:], corners2[..., 2:]) - torch.minimum(
+        corners1[..., :2], corners2[..., :2]
+    )
+    hull_w, hull_h = outer.unbind(-1)
+    x1, y1, w1, h1 = predicted_cxcywh.unbind(-1)
+    x2, y2, w2, h2 = target_cxcywh.unbind(-1)
+    intersection = inner_w * inner_h
+    union = w1 * h1 + w2 * h2 - intersection
+    iou = intersection / union.clamp(min=EPS)
+    dx, dy = x1 - x2, y1 - y2
+    distance = (dx**2 + dy**2) / (hull_w**2 + hull_h**2).clamp(min=EPS)
+    pair = _Pair(iou, union, dx, dy, hull_w, hull_h, distance, w1, h1, w2, h2)
     return 1 - pair.iou + BOX_LOSSES[kind](pair), pair.iou

@@ -82,7 +82,6 @@ class YOLOLoss(nn.Module):
     """
 
     anchors: Tensor
-    strides: Tensor
     scales: Tensor
     balance: Tensor
 
@@ -124,7 +123,6 @@ class YOLOLoss(nn.Module):
         self.loc_gain, self.cls_gain = loc_gain, cls_gain
         self.scale_xy = _three("scale_xy", scale_xy)
         self.register_buffer("anchors", _anchor_tensor(anchors), persistent=False)
-        self.register_buffer("strides", torch.tensor(STRIDES).float(), persistent=False)
         self.register_buffer("scales", torch.tensor(self.scale_xy), persistent=False)
         self.register_buffer("balance", torch.tensor(_three("balance", balance)), persistent=False)
         self.conf_factor = 5 * input_shape[0] * input_shape[1] / 416**2
@@ -147,7 +145,14 @@ class YOLOLoss(nn.Module):
         loss with alpha="auto" "conf_alpha", as measured so far.
         Under torch.distributed this is a collective call: the denominators are sums over ranks.
         """
-        self._check_outputs(outputs)
+        channels = 3 * (5 + self.num_classes)
+        shapes = [tuple(raw.shape) for raw in outputs]
+        batch, _, rows, columns = shapes[-1] if shapes and len(shapes[-1]) == 4 else (0, 0, 0, 0)
+        if shapes != [(batch, channels, f * rows, f * columns) for f in (4, 2, 1)]:
+            raise UserError(
+                f"outputs have shapes {shapes}; {self.num_classes} classes need three maps of "
+                f"{channels} channels, strides 8, 16, 32. Give the network the same num_classes."
+            )
         if targets.ndim != 2 or targets.shape[1] != 6:
             raise UserError(
                 f"targets have shape {tuple(targets.shape)}; give (N, 6): image index, class id, "
@@ -172,7 +177,15 @@ class YOLOLoss(nn.Module):
             scale_xy=self.scale_xy,
         )
         objectness, predictions = _PickCells.apply(candidates.in_map, *maps)
-        predicted = self._decode(predictions, candidates)
+        predicted = torch.cat(
+            decode_grid_boxes(
+                predictions,
+                torch.stack((candidates.columns, candidates.rows), dim=-1),
+                candidates.anchors_grid,
+                self.scales.view(3, 1, 1, 1),
+            ),
+            dim=-1,
+        )
         truths = candidates.boxes_grid[:, :, None]
         loc_losses, iou = box_losses(self.box_loss, predicted, truths)
         quality = None
@@ -239,21 +252,6 @@ class YOLOLoss(nn.Module):
                 seen["conf_alpha"] = module.alpha.float()
         return seen
 
-    def _decode(self, predictions: Tensor, candidates: Candidates) -> Tensor:
-        """(3, N, A, >=4) raw -> (3, N, A, 4) cx, cy, w, h in cells of the scale."""
-        offsets = torch.stack((candidates.columns, candidates.rows), dim=-1)
-        anchors = self.anchors.view(3, 3, 2) / self.strides.view(3, 1, 1)
-        scales = torch.arange(3, device=anchors.device).view(3, 1, 1)
-        return torch.cat(
-            decode_grid_boxes(
-                predictions,
-                offsets,
-                anchors[scales, candidates.anchors],
-                self.scales.view(3, 1, 1, 1),
-            ),
-            dim=-1,
-        )
-
     @torch.no_grad()
     def _alignment(
         self, predictions: Tensor, class_ids: Tensor, iou: Tensor
@@ -292,16 +290,6 @@ class YOLOLoss(nn.Module):
         target = iou.new_zeros(positives.mask.numel() + 1)
         target.scatter_(0, positives.cells.flatten(), mixed.flatten())
         return target[:-1].view_as(positives.mask)
-
-    def _check_outputs(self, outputs: Sequence[Tensor]) -> None:
-        channels = 3 * (5 + self.num_classes)
-        shapes = [tuple(raw.shape) for raw in outputs]
-        batch, _, rows, columns = shapes[-1] if shapes and len(shapes[-1]) == 4 else (0, 0, 0, 0)
-        if shapes != [(batch, channels, f * rows, f * columns) for f in (4, 2, 1)]:
-            raise UserError(
-                f"outputs have shapes {shapes}; {self.num_classes} classes need three maps of "
-                f"{channels} channels, strides 8, 16, 32. Give the network the same num_classes."
-            )
 
 
 def _sum_by_scale(values: Tensor, sizes: list[int]) -> Tensor:

@@ -281,7 +281,7 @@ def test_outputs_that_do_not_fit_are_an_error_that_names_the_classes(outputs):
 def test_constants_follow_the_device_and_stay_out_of_checkpoints():
     loss = make_loss(focal_loss=True)
     assert not loss.state_dict()
-    assert {name for name, _ in loss.named_buffers()} == {"anchors", "strides", "scales", "balance"}
+    assert {name for name, _ in loss.named_buffers()} == {"anchors", "scales", "balance"}
     assert make_loss().prior_pi is None
 
 

@@ -13,19 +13,20 @@ import torch
 from data.augment import Augmentation
 from data.dataset import VocDataset
 from data.voc import Sample, read_class_names
-from engine.console import describe, how_to_go_on, how_to_use
-from engine.multi_scale import MultiScale
-from engine.presets import FORK, describe_recipe, recipe_changes
-from engine.randomness import seed_everything
-from engine.resume import (
+from engine.config import (
+    FORK,
     check_same_anchors,
     check_same_classes,
     check_same_settings,
+    describe_recipe,
     parse_config,
+    recipe_changes,
     run_folder,
 )
+from engine.console import describe, how_to_go_on, how_to_use
+from engine.process import seed_everything
 from engine.runlog import RunLog, removed_if_unused
-from engine.settings import TrainingSettings, amp_dtype, epochs_for, plan_phases
+from engine.settings import MultiScale, TrainingSettings, amp_dtype, epochs_for, plan_phases
 from engine.start import (
     build_network,
     check_config,

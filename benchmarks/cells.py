@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.loss import synchronize
 from engine.optimizer import Ema, build_optimizer
 from engine.settings import amp_dtype
-from engine.step import TrainStep
+from engine.trainer import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.memory import move
 from nets.yolo import YoloV4

@@ -28,7 +28,7 @@ from data.sampler import BLOCK, EpochBatchSampler
 from data.voc import Sample, read_class_names, read_split
 from engine.optimizer import Ema, build_optimizer
 from engine.settings import amp_dtype
-from engine.step import TrainStep
+from engine.trainer import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.memory import move
 from nets.yolo import YoloV4

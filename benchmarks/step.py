@@ -27,7 +27,7 @@ from benchmarks.processes import RESET_PEAK, run_in_turn, status_bytes
 from data.loader import to_input
 from engine.optimizer import build_optimizer
 from engine.settings import amp_dtype
-from engine.step import TrainStep
+from engine.trainer import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.memory import move
 from nets.yolo import YoloV4

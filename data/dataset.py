@@ -88,6 +88,10 @@ class VocDataset(Dataset[Item]):
         """
         self._epoch_and_mosaic.copy_(torch.tensor([epoch, int(mosaic)]))
 
+    def image_paths(self, indices: Sequence[int]) -> list[str]:
+        """Where images of an epoch lie; indices as its sampler gives them."""
+        return [self.samples[index % len(self.samples)].image_path for index in indices]
+
     def __len__(self) -> int:
         return len(self.samples)
 

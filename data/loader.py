@@ -43,6 +43,7 @@ class TrainingLoader:
         height, width = train_set.input_shape
         ahead = num_workers * PREFETCH * max(BLOCK, sampler.batch_size)
         check_shared_memory(ahead * height * width * 3)
+        self.sampler = sampler
         self._loader = DataLoader(
             train_set,
             batch_sampler=BlockSampler(sampler),

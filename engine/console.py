@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from engine.figures import TERMS, EpochFigures, memory_gb
 from engine.settings import TrainingSettings
+from engine.statistics import TERMS, EpochStatistics, memory_gb
 from losses.yolo_loss import YOLOLoss
 from utils.distributed import is_main, world_size
 
@@ -65,7 +65,7 @@ def progress_bar(epoch: int, epochs: int, *, done: int, steps: int) -> tqdm:
 
 
 def progress_text(
-    figures: EpochFigures,
+    figures: EpochStatistics,
     *,
     lr: float,
     input_size: tuple[int, int] | None,

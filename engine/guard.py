@@ -9,49 +9,37 @@ from torch import Tensor, nn
 from utils.errors import UserError
 
 
-class BatchNormRollback:
-    """Undo one forward's effect on the running statistics, on the device and without a sync.
+class Rollback:
+    """Undo one forward's effect on BN statistics and on the loss's state, without a sync.
 
     A forward with a non-finite activation would poison the running mean and variance for good,
     though its step is skipped. All statistics become views of one flat tensor, so that a
-    snapshot and a selective restore are two kernels, not two for each of 107 layers.
+    snapshot and a selective restore are two kernels, not two for each of 107 layers. The state of
+    a loss, such as GHM's histogram, is a few small buffers.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, loss: nn.Module):
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         places = [(m, name) for m in norms for name in ("running_mean", "running_var")]
+        self.loss = loss
         self.flat = torch.cat([getattr(module, name) for module, name in places])
         start = 0
         for module, name in places:
             size = getattr(module, name).numel()
             setattr(module, name, self.flat[start : start + size])
             start += size
-        self.saved = self.flat.clone()
+        self.saved, self.saved_loss = self.flat.clone(), dict[str, Tensor]()
 
     def snapshot(self) -> None:
-        """Remember the statistics before a forward."""
+        """Remember both before a forward."""
         self.saved.copy_(self.flat)
+        self.saved_loss = {name: value.clone() for name, value in self.loss.state_dict().items()}
 
     def restore_unless(self, finite: Tensor) -> None:
         """Go back to the snapshot where `finite` (a bool scalar on the device) is false."""
         self.flat.copy_(torch.where(finite, self.flat, self.saved))
-
-
-class StateRollback:
-    """The same for the state of a loss, such as GHM's histogram: a few small buffers."""
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.saved: dict[str, Tensor] = {}
-
-    def snapshot(self) -> None:
-        """Remember the state before a forward."""
-        self.saved = {name: value.clone() for name, value in self.module.state_dict().items()}
-
-    def restore_unless(self, finite: Tensor) -> None:
-        """Go back to the snapshot where `finite` (a bool scalar on the device) is false."""
-        for name, value in self.module.state_dict().items():
-            value.copy_(torch.where(finite, value, self.saved[name]))
+        for name, value in self.loss.state_dict().items():
+            value.copy_(torch.where(finite, value, self.saved_loss[name]))
 
 
 class NonFiniteGuard:

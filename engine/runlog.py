@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.ops import box_convert
 
-from engine.figures import CONF_ALPHA, COUNTS, NO_GROUPS, TERMS, cell_figures
-from engine.multi_scale import INPUT_FIGURES
+from data.image import read_image, resize
+from data.letterbox import image_to_letterbox, letterbox
+from data.voc import Sample
+from engine.settings import INPUT_COLUMNS
+from engine.statistics import CONF_ALPHA, COUNTS, NO_GROUPS, TERMS, cell_statistics
 from metrics.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reliability
 from metrics.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
+from utils.draw import draw_boxes, image_grid
 from utils.errors import UserError
 
 PLOT_SECONDS = 60  # between drawings of the curves, besides those after a validation
@@ -26,7 +33,7 @@ COLUMNS = (
     *("val_loss", "val_ap50", "val_ap", "val_ap75", "val_loc", "val_conf", "val_cls"),
     *(*JUDGED, "positives", "ignored", CONF_ALPHA),
     *("grad_norm", "skipped_steps", "images_per_second", "memory_gb", "seconds"),
-    *cell_figures(NO_GROUPS),
+    *cell_statistics(NO_GROUPS),
 )
 
 
@@ -117,9 +124,9 @@ class RunLog:
 
         Returns what to print, the first time: the alpha that alpha="auto" has measured.
         """
-        for name in (*TERMS, *COUNTS, "grad_norm", CONF_ALPHA, *INPUT_FIGURES):
+        for name in (*TERMS, *COUNTS, "grad_norm", CONF_ALPHA, *INPUT_COLUMNS):
             self._scalar(f"step/{name}", figures.get(name), step)
-        for name, value in cell_figures(groups).items():
+        for name, value in cell_statistics(groups).items():
             scale, _, figure = name.partition("_")
             self._scalar(f"cells_{scale}/{figure}", value, step)
         alpha, told, self._alpha_told = figures.get(CONF_ALPHA), self._alpha_told, True
@@ -220,3 +227,50 @@ def _format(value: Any) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int | str) else f"{value:.6g}"
+
+
+MOST_IMAGES = 8
+MIN_SIDE = 320  # of the longer side of one image of a training batch
+SHOWN_HW = (416, 416)  # size of one image of detections
+MOST_BOXES = 50  # in one image of detections: an early threshold passes hundreds
+
+
+def batch_image(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> np.ndarray:
+    """The first images of a training batch with the boxes that the loss is given.
+
+    images: uint8 (B, 3, H, W); targets: (N, 6). Returns RGB uint8.
+    """
+    height, width = images.shape[2:]
+    zoom = math.ceil(MIN_SIDE / max(height, width))  # labels would cover a smaller image
+    size = targets.new_tensor([width, height]).repeat(2) * zoom
+    drawn = []
+    for index, image in enumerate(images[:MOST_IMAGES]):
+        rows = targets[targets[:, 0] == index]
+        boxes_xyxy = (box_convert(rows[:, 2:], "cxcywh", "xyxy") * size).numpy()
+        pixels = resize(image.permute(1, 2, 0).numpy(), (height * zoom, width * zoom))
+        drawn.append(draw_boxes(pixels, boxes_xyxy, rows[:, 1].int().numpy(), class_names))
+    return image_grid(drawn)
+
+
+def detections_image(
+    samples: Sequence[Sample],
+    detections: Sequence[np.ndarray],
+    class_names: Sequence[str],
+    conf_threshold: float,
+) -> np.ndarray:
+    """Images of a split, evenly chosen, with what is found at a threshold. Returns RGB uint8.
+
+    detections: a (n, 6) array of xyxy, score, class an image, in its own pixels. Of each image
+    the MOST_BOXES best are drawn.
+    """
+    chosen = np.linspace(0, len(samples) - 1, min(MOST_IMAGES, len(samples))).astype(int)
+    drawn = []
+    for index in chosen:
+        rows = torch.from_numpy(detections[index])
+        rows = rows[rows[:, 4] >= conf_threshold]
+        rows = rows[rows[:, 4].argsort(descending=True, stable=True)[:MOST_BOXES]]
+        boxes_xyxy = image_to_letterbox(rows[:, :4], samples[index].image_hw, SHOWN_HW).numpy()
+        image = letterbox(read_image(samples[index].image_path), SHOWN_HW)
+        class_ids, scores = rows[:, 5].int().numpy(), rows[:, 4].numpy()
+        drawn.append(draw_boxes(image, boxes_xyxy, class_ids, class_names, scores))
+    return image_grid(drawn)

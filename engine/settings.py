@@ -2,13 +2,77 @@
 
 import dataclasses
 import math
+from functools import cached_property
 
 import torch
 
-from engine.multi_scale import INPUT_FIGURES, MultiScale
+from data.sampler import random_generator
 from engine.optimizer import SCHEDULES, check_optimizer, learning_rate, scaled_lr
+from nets.yolo import MAX_STRIDE
 from utils.distributed import world_size
 from utils.errors import UserError
+
+PERIOD = 10  # steps of one size, as in darknet
+INPUT_COLUMNS = ("input_height", "input_width")  # of a step, in TensorBoard
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiScale:
+    """Which size the network's input has at a step: a function of seed and step alone.
+
+    input_shape: (height, width). share: sizes lie between 1 / (1 + share) and 1 + share times
+    that, darknet's random=1 being .4. They are all multiples of 32 there of the longer side; the
+    shorter one has the same factor and is rounded to a multiple of 32, at least 32. So they are
+    few, 9 for .4 at 416: cuDNN chooses its algorithms for each once.
+    Every multiple is as likely as another, and stays so to the last epoch: unlike a mosaic, a
+    resized image is a natural one. Validation is always at input_shape.
+    Raises UserError for a share outside 0..1, or one that leaves input_shape as the only size.
+    """
+
+    input_shape: tuple[int, int]
+    share: float
+    seed: int
+
+    def __post_init__(self):
+        if not 0 < self.share < 1:
+            raise UserError(
+                f"multi_scale is {self.share}; give a share from 0 (never) to below 1, such as 0.4."
+            )
+        if len(self.sizes) == 1:
+            height, width = self.input_shape
+            enough = math.ceil(1000 * MAX_STRIDE / max(height, width)) / 1000
+            more = f"at least {enough}, " if enough < 1 else ""
+            raise UserError(
+                f"multi_scale {self.share} changes nothing: the next multiple of {MAX_STRIDE} is "
+                f"further from input_shape {height} {width}. Give 0, {more}or a larger input_shape."
+            )
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """All (height, width), small to large."""
+        longer, reach = max(self.input_shape) // MAX_STRIDE, 1 + self.share
+        slack = 1e-9  # 160 is within a share of .25 of 128, whatever the rounding
+        first, last = math.ceil(longer / reach - slack), math.floor(longer * reach + slack)
+        return tuple(self._scaled(count / longer) for count in range(first, last + 1))
+
+    def size_at(self, step: int) -> tuple[int, int]:
+        """(height, width) of a step, counted over all epochs from 0."""
+        # Four numbers, the last not 0 and not that of an epoch's order: no other draw has this key.
+        rng = random_generator(self.seed, step // PERIOD, 0, 2)
+        return self.sizes[rng.integers(len(self.sizes))]
+
+    def _scaled(self, factor: float) -> tuple[int, int]:
+        height, width = (
+            MAX_STRIDE * max(1, round(side * factor / MAX_STRIDE)) for side in self.input_shape
+        )
+        return height, width
+
+    def __str__(self) -> str:
+        (low, left), (high, right) = self.sizes[0], self.sizes[-1]
+        return (
+            f"input: every {PERIOD} steps one of {len(self.sizes)} sizes, "
+            f"{low} x {left} to {high} x {right}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,15 +152,19 @@ class TrainingSettings:
         """(height, width) that the images of a step are resized to; None: they never are."""
         return None if self.multi_scale is None else self.multi_scale.size_at(step)
 
-    def input_figures(self, step: int) -> dict[str, float]:
+    def input_columns(self, step: int) -> dict[str, float]:
         """The same for the log; nothing where the size never changes."""
         size_hw = self.input_size(step)
-        return {} if size_hw is None else dict(zip(INPUT_FIGURES, size_hw, strict=True))
+        return {} if size_hw is None else dict(zip(INPUT_COLUMNS, size_hw, strict=True))
 
     @property
     def largest_input(self) -> tuple[int, int] | None:
         """The largest of all `input_size`."""
         return None if self.multi_scale is None else self.multi_scale.sizes[-1]
+
+    def phases_from(self, epoch: int) -> list[Phase]:
+        """The phases that are left after so many epochs."""
+        return [phase for phase in self.phases if epoch < phase.last_epoch]
 
     def phases_to_dry_run(self, epoch: int, *, on_gpu: bool) -> list[Phase]:
         """The phases from `epoch` on whose memory is tried before anything is learnt.
@@ -106,8 +174,9 @@ class TrainingSettings:
         """
         grows = on_gpu and self.multi_scale is not None
         unfreezes = self.phases[0].frozen
-        ahead = [phase for phase in self.phases if epoch < phase.last_epoch]
-        return [phase for phase in ahead if grows or (unfreezes and not phase.frozen)]
+        return [
+            phase for phase in self.phases_from(epoch) if grows or (unfreezes and not phase.frozen)
+        ]
 
     def rates(self, phase: Phase) -> tuple[float, float]:
         """(initial, minimal) learning rate of a phase, for all images of one update."""

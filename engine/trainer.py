@@ -1,43 +1,43 @@
-"""The training loop: phases, epochs, evaluation, checkpoints. It receives model and loss."""
+"""The training loop: `Trainer.fit`, an epoch of it, and a step: forward, loss, backward, update.
 
-import time
+What is written of a run, and when, is in engine/record.py. Nothing in a step waits for the device.
+"""
+
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data.dataset import VocDataset
-from data.loader import TrainingLoader
+from data.loader import TrainingLoader, to_input
 from data.sampler import EpochBatchSampler
 from data.voc import Sample
-from engine.console import progress_bar, progress_text, slow_start
-from engine.figures import EpochFigures, memory_gb
-from engine.guard import NonFiniteGuard
-from engine.images import batch_image, detections_image
+from engine.guard import NonFiniteGuard, Rollback
 from engine.optimizer import Ema, build_optimizer
-from engine.randomness import random_states, restore_random_states
+from engine.process import random_states, restore_random_states, stop_on_signal
+from engine.record import RunRecord
 from engine.runlog import RunLog
 from engine.settings import Phase, TrainingSettings
-from engine.step import TrainStep, blank_batch
-from engine.stop import stop_on_signal
-from metrics.evaluator import Evaluation, evaluate
+from engine.statistics import StepStatistics
 from nets.cpu import use_fast_mish
 from nets.yolo import YoloV4
-from utils.distributed import broadcast_buffers, is_main, rank, world_size
+from utils.distributed import rank, world_size
 from utils.errors import UserError
-from weights.checkpoint import cpu_copy, save_checkpoint
-
-SAVE_SECONDS = 300  # last.pt is never older than this
+from utils.heap import keep_freed_memory
+from weights.checkpoint import cpu_copy
 
 
 class Trainer:
-    """Trains a model with a loss on a data set and keeps the run's folder.
+    """Trains a model with a loss on a data set.
 
-    metadata: of every checkpoint (weights/checkpoint.py). log: None on ranks
-    that write nothing. resume: a checkpoint with training state, to continue its run.
+    Args:
+        metadata: Of every checkpoint (weights/checkpoint.py).
+        log: The run's folder; None on ranks that write nothing.
+        resume: A checkpoint with training state, to continue its run.
     """
 
     def __init__(
@@ -55,36 +55,33 @@ class Trainer:
     ):
         if device.type == "cpu":
             use_fast_mish(model)
-        self.model, self.loss, self.device = model, loss, device
-        self.train_set, self.val_samples = train_set, val_samples
-        self.settings, self.metadata, self.log = settings, metadata, log
-        self.ema = Ema(model, settings.ema_decay) if settings.ema_decay else None
-        self.optimizer = build_optimizer(
-            settings.optimizer,
-            model,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-        )
+        self.model, self.train_set, self.settings = model, train_set, settings
         self.step = TrainStep(
             model=model,
             loss=loss,
-            optimizer=self.optimizer,
-            ema=self.ema,
+            optimizer=build_optimizer(
+                settings.optimizer,
+                model,
+                momentum=settings.momentum,
+                weight_decay=settings.weight_decay,
+            ),
+            ema=Ema(model, settings.ema_decay) if settings.ema_decay else None,
             device=device,
             amp_dtype=settings.amp_dtype,
             clip_norm=settings.clip_norm,
         )
         limit = 30 if settings.amp_dtype == torch.float16 else 5
-        self.guard = NonFiniteGuard(limit=limit, conf_loss=metadata["conf_loss"])
-        self.figures = EpochFigures(self.guard)
-        self.epoch = self.epoch_step = self.global_step = 0  # finished ones
-        self.steps = 0  # of the running epoch
-        self.metrics: dict[str, Any] = {"best_AP50": -1.0, "best_epoch": 0}
-        self.conf_threshold = 0.5  # until an evaluation has measured one
-        self.stop_requested = self.warned = False
-        self.last_save = time.monotonic()
+        self.record = RunRecord(
+            self.step,
+            settings=settings,
+            metadata=metadata,
+            val_samples=val_samples,
+            guard=NonFiniteGuard(limit=limit, conf_loss=metadata["conf_loss"]),
+            log=log,
+        )
+        self.stop_requested = False
         if resume is not None:
-            self._restore(resume)
+            self.record.restore(resume)
 
     def fit(self) -> bool:
         """Train to the last epoch, or until `patience` ends it. False when SIGINT or SIGTERM did.
@@ -94,9 +91,10 @@ class Trainer:
         try:
             self._dry_run()
             with stop_on_signal(self._request_stop):
-                for phase in self.settings.phases:
-                    if self.epoch < phase.last_epoch and not self._stops:
-                        self._run_phase(phase)
+                for phase in self.settings.phases_from(self.record.epoch):
+                    loader = self._begin_phase(phase)
+                    while self.record.epoch < phase.last_epoch and not self._stops:
+                        self._train_epoch(phase, loader)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "the GPU's memory is not enough. Start again with half the --batch_size (double "
@@ -104,40 +102,48 @@ class Trainer:
                 "--multi_scale. "
                 f"{error}"
             ) from None
-        finished = self.epoch == self.settings.epochs or self._no_longer_improves
-        if finished:
-            self.guard.check_learnt()
-        return finished
+        return self.record.finish()
 
-    @property
-    def _no_longer_improves(self) -> bool:
-        """Whether `patience` epochs have gone by without a better AP50."""
-        patience = self.settings.patience
-        return (
-            bool(patience) and self.epoch - self.metrics.get("best_epoch", self.epoch) >= patience
-        )
+    def _train_epoch(self, phase: Phase, loader: TrainingLoader) -> None:
+        """One epoch, or the rest of one that was interrupted."""
+        record, batches = self.record, self._begin_epoch(phase, loader)
+        with record.progress_bar() as bar:
+            for (images, targets), indices in zip(loader, batches, strict=True):
+                record.before_step(images, targets)
+                self._set_learning_rate(phase)
+                statistics = self.step(images, targets, **self._step_options())
+                record.after_step(statistics, self.train_set.image_paths(indices), bar)
+                if record.save_between_steps(stop=self.stop_requested):
+                    return
+        record.end_epoch(stop=self.stop_requested)
 
     @property
     def _stops(self) -> bool:
-        return self.stop_requested or self._no_longer_improves
+        return self.stop_requested or self.record.no_longer_improves
 
     def _request_stop(self) -> None:
         self.stop_requested = True
 
     def _dry_run(self) -> None:
         """Out of memory, unfrozen or at the largest input, must come now, not after hours."""
-        states, on_gpu = random_states(), self.device.type == "cuda"
-        for phase in self.settings.phases_to_dry_run(self.epoch, on_gpu=on_gpu):
+        states, device = random_states(), self.step.device
+        ahead = self.settings.phases_to_dry_run(self.record.epoch, on_gpu=device.type == "cuda")
+        for phase in ahead:
             self._freeze(phase.frozen)
-            images, targets = blank_batch(phase.batch_size, self.metadata["input_shape"])
+            shape = (phase.batch_size, 3, *self.record.metadata["input_shape"])
+            images = torch.zeros(shape, dtype=torch.uint8)
+            targets = torch.tensor([[0, 0, 0.5, 0.5, 0.2, 0.2]])
             self.step.dry_run(images, targets, self.settings.largest_input)
         restore_random_states(states)
 
-    def _run_phase(self, phase: Phase) -> None:
+    def _begin_phase(self, phase: Phase) -> TrainingLoader:
         self._freeze(phase.frozen)
+        self.step.network = self.model
         if world_size() > 1:
             # BN statistics are rank 0's, and are shared when they are used: at an evaluation.
-            self.step.network = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.step.network = DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
         sampler = EpochBatchSampler(
             len(self.train_set),
             phase.batch_size,
@@ -146,205 +152,196 @@ class Trainer:
             world_size=world_size(),
             repeats=self.train_set.repeats,
         )
-        loader = TrainingLoader(
+        return TrainingLoader(
             self.train_set,
             sampler,
             num_workers=self.settings.num_workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.step.device.type == "cuda",
         )
-        while self.epoch < phase.last_epoch and not self._stops:
-            self._run_epoch(phase, sampler, loader)
-        self.step.network = self.model
 
     def _freeze(self, frozen: bool) -> None:
         """A frozen backbone takes no gradient and, in eval mode, keeps its BN statistics."""
         self.model.train()
-        self.loss.train()
+        self.step.loss.train()
         self.model.backbone.requires_grad_(not frozen).train(not frozen)
 
-    def _run_epoch(self, phase: Phase, sampler: EpochBatchSampler, loader: TrainingLoader) -> None:
+    def _begin_epoch(self, phase: Phase, loader: TrainingLoader) -> list[list[int]]:
+        """Which images make the batches that are left of the epoch."""
         self._freeze(phase.frozen)
-        mosaic = self.epoch < self.settings.strong_share * self.settings.epochs
-        self.train_set.set_epoch(self.epoch, mosaic=mosaic)
-        if self.epoch_step and self.steps != len(sampler):
-            self._say("the number of images or processes has changed: this epoch begins again")
-            self.epoch_step = 0
-        self.steps = len(sampler)
-        sampler.set_epoch(self.epoch, self.epoch_step)
-        epochs = self.settings.epochs
-        with progress_bar(self.epoch, epochs, done=self.epoch_step, steps=self.steps) as bar:
-            for (images, targets), indices in zip(loader, list(sampler), strict=True):
-                self._run_step(images, targets, indices, steps=len(sampler), phase=phase)
-                self._show(bar)
-                if self._save_between_steps(len(sampler)):
-                    return
-        self._tell(self.figures.flush(), step=self.global_step)
-        self.epoch, self.epoch_step = self.epoch + 1, 0
-        self._end_epoch()
+        record, sampler = self.record, loader.sampler
+        mosaic = record.epoch < self.settings.strong_share * self.settings.epochs
+        self.train_set.set_epoch(record.epoch, mosaic=mosaic)
+        record.begin_epoch(steps=len(sampler))
+        sampler.set_epoch(record.epoch, record.epoch_step)
+        return list(sampler)
 
-    def _run_step(
-        self, images: Tensor, targets: Tensor, indices: list[int], *, steps: int, phase: Phase
+    def _set_learning_rate(self, phase: Phase) -> None:
+        progress = self.record.epoch + self.record.epoch_step / self.record.steps
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate(progress, phase)
+
+    def _step_options(self) -> dict[str, Any]:
+        """What the next step is besides its batch: `TrainStep.__call__`."""
+        settings, record = self.settings, self.record
+        first = record.epoch_step - record.epoch_step % settings.accumulate
+        group_size = min(settings.accumulate, record.steps - first)
+        looks = record.global_step % settings.log_period == 0 or record.epoch_step == 0
+        return {
+            "size_hw": settings.input_size(record.global_step),
+            "cells": looks,
+            "group_size": group_size,
+            "update": record.epoch_step + 1 == first + group_size,
+        }
+
+
+class TrainStep:
+    """Forward, loss, backward and update for one batch.
+
+    A batch with a non-finite loss changes neither weights, optimizer, BN statistics nor the loss's
+    state; one with a non-finite gradient neither weights nor optimizer. `network` is what runs the
+    forward: the model, or DDP around it.
+
+    Args:
+        ema: None keeps no average.
+        amp_dtype: Of autocast; None means full precision, float16 brings a gradient scaler.
+        clip_norm: Of the gradient; 0 clips nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema | None,
+        device: torch.device,
+        amp_dtype: torch.dtype | None,
+        clip_norm: float,
+    ):
+        self.model, self.network, self.loss = model, model, loss
+        self.optimizer, self.ema, self.device = optimizer, ema, device
+        self.amp_dtype, self.clip_norm = amp_dtype, clip_norm
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+        self.rollback = Rollback(model, loss)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)  # since the last update
+        if device.type == "cpu":
+            keep_freed_memory()
+
+    def __call__(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        size_hw: tuple[int, int] | None = None,
+        cells: bool = False,
+        group_size: int = 1,
+        update: bool = True,
+    ) -> StepStatistics:
+        """Learn from a batch.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            targets: (N, 6), as `collate` makes them.
+            size_hw: The images are resized to it on the device; None leaves them as they are.
+            cells: Whether to look at the confidence loss by groups of cells, too.
+            group_size: Over how many batches the gradient is accumulated.
+            update: Whether this is the last of them.
+        """
+        self.rollback.snapshot()
+        # What DDP.no_sync() sets: ranks add up their gradients only where an update follows.
+        self.network.require_backward_grad_sync = update  # type: ignore[assignment]
+        terms = self.forward(images, targets, size_hw=size_hw, cells=cells)
+        self.scaler.scale(terms["total"] / group_size).backward()
+        finite = on_every_rank(terms["total"].detach().isfinite())
+        self.rollback.restore_unless(finite)
+        self.finite = self.finite & finite
+        norm = skipped = torch.zeros_like(terms["total"])
+        if update:
+            norm = self.update()
+            skipped, self.finite = ~self.finite, torch.ones_like(self.finite)
+        return StepStatistics(dict(terms, grad_norm=norm, finite=finite, skipped=skipped))
+
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        *,
+        size_hw: tuple[int, int] | None = None,
+        cells: bool = False,
+    ) -> dict[str, Any]:
+        """The loss terms of a batch."""
+        images = to_input(images, self.device, size_hw)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            outputs = self.network(images)
+        return self.loss(outputs, targets.to(self.device, non_blocking=True), cells=cells)
+
+    def update(self) -> Tensor:
+        """Change the weights by the gradients and forget these. Returns the gradients' norm."""
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or float("inf"))
+        self.finite = self.finite & norm.isfinite()
+        # Fused optimizers skip by it. GradScaler.step() would set it from the gradients alone, and
+        # update where the loss is infinite and they are not. torch's stubs lack it.
+        self.optimizer.found_inf = (~self.finite).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return norm
+
+    def dry_run(
+        self, images: Tensor, targets: Tensor, size_hw: tuple[int, int] | None = None
     ) -> None:
-        """One batch: set the learning rate, learn, take in the figures of the step before."""
-        if self.global_step == 0 and self.log is not None:
-            image = batch_image(images, targets, self.metadata["class_names"])
-            self.log.image("train_batch", image, self.global_step)
-        lr = self.settings.learning_rate(self.epoch + self.epoch_step / steps, phase)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        first = self.epoch_step - self.epoch_step % self.settings.accumulate
-        group_size = min(self.settings.accumulate, steps - first)
-        update = self.epoch_step + 1 == first + group_size
-        cells = self.global_step % self.settings.log_period == 0 or self.epoch_step == 0
-        size_hw = self.settings.input_size(self.global_step)
-        figures = self.step(
-            images, targets, group_size=group_size, update=update, cells=cells, size_hw=size_hw
-        )
-        self.epoch_step += 1
-        self.global_step += 1
-        samples = self.train_set.samples
-        paths = [samples[index % len(samples)].image_path for index in indices]
-        self._tell(self.figures.push(figures, paths), step=self.global_step - 1)
+        """A step's forward and backward that leave no trace, to learn whether memory suffices."""
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        loss_state = copy.deepcopy(self.loss.state_dict())
+        to_come = state_to_come(self.optimizer)
+        self.forward(images, targets, size_hw=size_hw)["total"].backward()
+        del to_come
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.load_state_dict(loss_state)
+        for buffer, saved in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
 
-    def _save_between_steps(self, steps: int) -> bool:
-        """Save last.pt in mid-epoch when it is due or a stop is asked for. True means stop."""
-        whole_group = self.epoch_step % self.settings.accumulate == 0
-        due = self.stop_requested or time.monotonic() - self.last_save > SAVE_SECONDS
-        if not (due and whole_group) or self.epoch_step == steps:
-            return False
-        self._tell(self.figures.flush(), step=self.global_step)
-        self._save_last()
-        return self.stop_requested
-
-    def _end_epoch(self) -> None:
-        """Measure, log and save what the finished epoch has reached."""
-        last = self.epoch == self.settings.epochs
-        self.figures.join_ranks()
-        broadcast_buffers(self._weights())  # each rank has seen other images
-        evaluation = None
-        if self.epoch % self.settings.eval_period == 0 or last:
-            known = ("class_names", "anchors", "scale_xy", "input_shape")
-            evaluation = evaluate(
-                self._weights(),
-                samples=self.val_samples,
-                loss=self.loss,
-                device=self.device,
-                batch_size=self.settings.phases[-1].batch_size,
-                num_workers=self.settings.num_workers,
-                progress=is_main(),
-                **{name: self.metadata[name] for name in known},
-            )
-        if self.log is not None:
-            self._say(self.log.epoch(self._row(evaluation)))
-        if evaluation is not None:
-            self._keep_best(evaluation)
-            self._warn_of_slow_start()
-        self.figures = EpochFigures(self.guard)
-        if self.epoch % self.settings.save_period == 0 or last or self._stops:
-            self._save_last()
-        if self._no_longer_improves and not last:
-            self._say(
-                f"stopped early: no better AP50 in the {self.settings.patience} epochs since epoch "
-                f"{self.metrics['best_epoch']} (--patience)"
-            )
-
-    def _keep_best(self, evaluation: Evaluation) -> None:
-        self.conf_threshold = evaluation.conf_threshold
-        best, found = max(self.metrics["best_AP50"], -1.0), evaluation.metrics()
-        improved = not found["AP50"] <= best  # NaN, without any ground truth, counts as better
-        best = found["AP50"] if improved else best
-        best_epoch = self.epoch if improved else self.metrics.get("best_epoch", self.epoch)
-        self.metrics = {**found, "best_AP50": best, "best_epoch": best_epoch}
-        if self.log is None:
-            return
-        self.log.evaluation(evaluation, self.metadata["conf_loss"], self.global_step)
-        image = detections_image(
-            self.val_samples,
-            evaluation.detections,
-            self.metadata["class_names"],
-            self.conf_threshold,
-        )
-        self.log.image("val_detections", image, self.global_step)
-        if improved:
-            save_checkpoint(self.log.folder / "best.pt", self._checkpoint())
-
-    def _warn_of_slow_start(self) -> None:
-        if self.log is not None and not self.warned:
-            best, epochs = self.metrics["best_AP50"], self.settings.epochs
-            self.warned = bool(note := slow_start(self.log.rows, epochs=epochs, best_ap50=best))
-            self._say(note)
-
-    def _weights(self) -> nn.Module:
-        """What a checkpoint carries as its model: the EMA where there is one."""
+    def averaged(self) -> nn.Module:
+        """What is evaluated, and a checkpoint's model: the EMA where there is one."""
         return self.ema.module if self.ema is not None else self.model
 
-    def _row(self, evaluation: Evaluation | None) -> dict[str, Any]:
-        """A line of metrics.csv."""
-        row = {"epoch": self.epoch, "step": self.global_step, **self.figures.row()}
-        row |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped_steps": self.guard.skipped,
-            "memory_gb": memory_gb(self.device),
-        }
-        return row if evaluation is None else row | evaluation.row()
-
-    def _checkpoint(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """What a resume needs of model, loss, optimizer, EMA and scaler, on the CPU."""
         return {
-            **self.metadata,
-            "model": cpu_copy(self._weights().state_dict()),
-            "conf_threshold": float(self.conf_threshold),
-            "epoch": self.epoch,
-            "metrics": self.metrics,
+            "raw_model": cpu_copy(self.model.state_dict()),
+            "ema": {"updates": self.ema.updates if self.ema is not None else 0},
+            "optimizer": cpu_copy(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+            "loss": cpu_copy(self.loss.state_dict()),
         }
 
-    def _save_last(self) -> None:
-        self.last_save = time.monotonic()
-        if self.log is None:
-            return
-        state = {
-            **self.step.state(),
-            "schedule": {
-                "epoch_step": self.epoch_step,
-                "steps": self.steps,
-                "figures": dict(self.figures.state),
-                "skipped_steps": self.guard.skipped,
-                "updates": self.guard.made,
-            },
-            "random": random_states(),
-            "step": self.global_step,
-        }
-        save_checkpoint(self.log.folder / "last.pt", self._checkpoint() | state)
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's `state`, and its model as the EMA's."""
+        self.model.load_state_dict(checkpoint["raw_model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint["model"])
+            self.ema.updates = checkpoint["ema"]["updates"]
+        self.optimizer.load_state_dict(cpu_copy(checkpoint["optimizer"]))
+        if checkpoint["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        self.loss.load_state_dict(checkpoint["loss"])
 
-    def _restore(self, checkpoint: Mapping[str, Any]) -> None:
-        self.step.restore(checkpoint)
-        schedule = checkpoint["schedule"]
-        self.epoch, self.global_step = checkpoint["epoch"], checkpoint["step"]
-        self.epoch_step, self.steps = schedule["epoch_step"], schedule["steps"]
-        self.figures.state.update(schedule["figures"])
-        self.guard.skipped, self.guard.made = schedule["skipped_steps"], schedule.get("updates", 1)
-        self.metrics, self.conf_threshold = checkpoint["metrics"], checkpoint["conf_threshold"]
-        restore_random_states(checkpoint["random"])
 
-    def _show(self, bar: tqdm) -> None:
-        """Advance the bar; its figures are those of the step before."""
-        bar.update()
-        if self.figures.last:
-            text = progress_text(
-                self.figures,
-                lr=self.optimizer.param_groups[0]["lr"],
-                input_size=self.settings.input_size(self.global_step - 1),
-                device=self.device,
-            )
-            bar.set_postfix_str(text, refresh=False)
+def state_to_come(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Memory like that of Adam's two moments, which its first update makes; SGD's is there."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    without = [p for p in parameters if p.requires_grad and p not in optimizer.state]
+    return [torch.empty_like(p) for p in without for _ in range(2)]
 
-    def _tell(self, message: str, *, step: int) -> None:
-        """Print the guard's message on the step that was read, and log its cells if any."""
-        self._say(message)
-        if self.figures.last_groups and self.log is not None:
-            figures = self.figures.last | self.settings.input_figures(step - 1)
-            self._say(self.log.step(step, figures, self.figures.last_groups))
 
-    @staticmethod
-    def _say(message: str) -> None:
-        if message and is_main():
-            tqdm.write(message)
+def on_every_rank(flag: Tensor) -> Tensor:
+    """A bool scalar that is true where it is true on all ranks."""
+    if world_size() == 1:
+        return flag
+    flag = flag.float()
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return flag > 0

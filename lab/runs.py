@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from engine.process import stop_on_signal
 from engine.runlog import is_running
-from engine.stop import stop_on_signal
 from lab.plan import Plan, Run, as_arguments, read_json
 from lab.sources import check_source, record_source, source_hash
 from metrics.plots import number

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from engine.randomness import seed_everything
+from engine.process import seed_everything
 from engine.start import build_network, choose_scale_xy, set_prior
 from lab.compare import (
     Config,

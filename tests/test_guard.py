@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from engine.guard import BatchNormRollback, NonFiniteGuard
+from engine.guard import NonFiniteGuard, Rollback
 from utils.errors import UserError
 
 
@@ -20,7 +20,7 @@ def statistics(model):
 
 def test_rollback_undoes_a_poisoned_forward():
     model = norms()
-    rollback = BatchNormRollback(model)
+    rollback = Rollback(model, nn.Identity())
     model(torch.randn(2, 3, 4, 4))
     before = statistics(model)
     rollback.snapshot()
@@ -34,7 +34,7 @@ def test_rollback_undoes_a_poisoned_forward():
 def test_rollback_keeps_a_good_forward_and_changes_no_statistics_itself():
     plain, guarded = norms(), norms()
     guarded.load_state_dict(plain.state_dict())
-    rollback = BatchNormRollback(guarded)
+    rollback = Rollback(guarded, nn.Identity())
     image = torch.randn(2, 3, 4, 4)
     rollback.snapshot()
     plain(image), guarded(image)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from data.voc import read_split
-from engine.images import MOST_BOXES, SHOWN_HW, batch_image, detections_image
+from engine.runlog import MOST_BOXES, SHOWN_HW, batch_image, detections_image
 from utils.draw import class_colour
 
 

@@ -6,10 +6,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.loader import to_input
 from engine.console import progress_text
-from engine.figures import FIGURES, EpochFigures, HostFigures
 from engine.guard import NonFiniteGuard
-from engine.multi_scale import INPUT_FIGURES, MultiScale
-from engine.settings import Phase, TrainingSettings
+from engine.settings import INPUT_COLUMNS, MultiScale, Phase, TrainingSettings
+from engine.statistics import STATISTICS, EpochStatistics, StepStatistics
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
@@ -79,7 +78,7 @@ def test_a_share_that_changes_nothing_is_refused_with_one_that_does():
 def test_without_multi_scale_no_image_is_touched():
     recipe = TrainingSettings(phases=(UNFROZEN,))
     assert recipe.input_size(7) is recipe.largest_input is None
-    assert recipe.input_figures(7) == {}
+    assert recipe.input_columns(7) == {}
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     assert torch.equal(to_input(images, CPU, (64, 96)), to_input(images, CPU))
 
@@ -127,8 +126,8 @@ def test_what_is_dry_rund_before_the_first_epoch():
 
 
 def test_the_bar_says_the_size_where_it_changes():
-    figures = EpochFigures(NonFiniteGuard())
-    figures.push(HostFigures(dict.fromkeys(FIGURES, torch.ones(()))), ["a.jpg"])
+    figures = EpochStatistics(NonFiniteGuard())
+    figures.push(StepStatistics(dict.fromkeys(STATISTICS, torch.ones(()))), ["a.jpg"])
     figures.flush()
     bar = {"lr": 0.01, "device": CPU}
     assert " lr 1.00e-02 320x416 " in progress_text(figures, input_size=(320, 416), **bar)
@@ -156,7 +155,7 @@ def test_a_run_trains_at_several_sizes_and_says_which(runs):
     assert str(scale) in printed
     events = EventAccumulator(str(folder / "whole")).Reload()
     logged = [
-        [int(event.value) for event in events.Scalars(f"step/{name}")] for name in INPUT_FIGURES
+        [int(event.value) for event in events.Scalars(f"step/{name}")] for name in INPUT_COLUMNS
     ]
     expected = [scale.size_at(step) for step in range(24)]
     assert list(zip(*logged, strict=True)) == expected
@@ -216,7 +215,7 @@ def make_trainer(device, phases, optimizer="adam"):
 )
 def test_the_dry_run_is_at_the_largest_size_and_leaves_no_trace(device, phases, batches):
     trainer = make_trainer(torch.device(device), phases)
-    parts = (trainer.model, trainer.loss, trainer.ema)
+    parts = (trainer.model, trainer.step.loss, trainer.step.ema)
     before = [{k: v.clone() for k, v in part.state_dict().items()} for part in parts]
     state, seen = torch.get_rng_state(), []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
@@ -226,4 +225,4 @@ def test_the_dry_run_is_at_the_largest_size_and_leaves_no_trace(device, phases, 
         assert same_tensors(part.state_dict(), saved)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
-    assert not trainer.optimizer.state
+    assert not trainer.step.optimizer.state

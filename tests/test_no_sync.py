@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.loader import to_input
 from engine.optimizer import Ema, build_optimizer
-from engine.step import TrainStep
+from engine.trainer import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS

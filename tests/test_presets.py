@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import train
+from engine.config import FORK, describe_recipe, parse_config, recipe_changes, stored_config
 from engine.optimizer import build_optimizer
-from engine.presets import FORK, describe_recipe, recipe_changes
-from engine.resume import parse_config, stored_config
 from engine.start import SCRATCH_SCALE_XY
-from engine.step import TrainStep
+from engine.trainer import TrainStep
 from losses.yolo_loss import YOLOLoss
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS

@@ -2,7 +2,7 @@ import random
 
 import torch
 
-from engine.randomness import random_states, restore_random_states, seed_everything
+from engine.process import random_states, restore_random_states, seed_everything
 
 
 def numbers():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.resume import (
+from engine.config import (
     check_resumed,
     check_same_anchors,
     check_same_classes,

@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.console import slow_start
-from engine.figures import COUNTS, NO_GROUPS, TERMS
 from engine.runlog import COLUMNS, RunLog, new_run_folder, read_metrics
+from engine.statistics import COUNTS, NO_GROUPS, TERMS
 from utils.errors import UserError
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from data.loader import to_input
 from engine.optimizer import Ema, build_optimizer
-from engine.step import TrainStep, state_to_come
+from engine.trainer import TrainStep, state_to_come
 
 CPU = torch.device("cpu")
 
@@ -146,7 +146,7 @@ def test_a_dry_run_takes_the_memory_of_the_optimizers_state_and_leaves_it_to_be_
             assert sum(tensor.numel() for tensor in held[0]()) == wanted  # while memory is tried
             return super().forward(*args, **options)
 
-    monkeypatch.setattr("engine.step.state_to_come", state_as_a_set)
+    monkeypatch.setattr("engine.trainer.state_to_come", state_as_a_set)
     before = len(step.optimizer.state)
     step.loss = Watching()
     step.dry_run(*batch(), (32, 32))

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from engine.stop import stop_on_signal
+from engine.process import stop_on_signal
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])

@@ -1,10 +1,15 @@
-"""The generators of python and torch: seeded, saved and brought back."""
+"""Of the running process: its random generators, and signals as a wish to stop."""
 
 import random
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from utils.distributed import world_size
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
@@ -32,3 +37,27 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@contextmanager
+def stop_on_signal(request_stop: Callable[[], None]) -> Iterator[None]:
+    """In the block the first SIGINT or SIGTERM calls `request_stop`; a second one kills.
+
+    Ranks would stop at different steps and wait for each other, so only in a single process.
+    """
+    if world_size() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, _frame) -> None:
+        signal.signal(number, previous[signal.Signals(number)])
+        request_stop()
+
+    previous = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    for kind in previous:
+        signal.signal(kind, on_signal)
+    try:
+        yield
+    finally:
+        for kind, handler in previous.items():
+            signal.signal(kind, handler)

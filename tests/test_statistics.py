@@ -3,23 +3,30 @@ import math
 import pytest
 import torch
 
-from engine.figures import FIGURES, NO_GROUPS, EpochFigures, HostFigures, cell_figures, memory_gb
 from engine.guard import NonFiniteGuard
+from engine.statistics import (
+    NO_GROUPS,
+    STATISTICS,
+    EpochStatistics,
+    StepStatistics,
+    cell_statistics,
+    memory_gb,
+)
 
 
 def figures(total, finite=True, norm=1.0, skipped=False, groups=None, alpha=None):
-    values = dict.fromkeys(FIGURES, 0.0) | {"total": total, "finite": finite, "grad_norm": norm}
+    values = dict.fromkeys(STATISTICS, 0.0) | {"total": total, "finite": finite, "grad_norm": norm}
     values["skipped"] = skipped or not finite
     tensors = {name: torch.tensor(float(value)) for name, value in values.items()}
     if groups is not None:
         tensors["groups"] = torch.tensor(groups).view(3, 4, 4)
     if alpha is not None:
         tensors["conf_alpha"] = torch.tensor(alpha)
-    return HostFigures(tensors)
+    return StepStatistics(tensors)
 
 
 def test_a_step_is_read_when_the_next_one_is_pushed():
-    epoch = EpochFigures(NonFiniteGuard())
+    epoch = EpochStatistics(NonFiniteGuard())
     epoch.push(figures(2.0), ["a"])
     assert epoch.last == {}
     epoch.push(figures(4.0), ["b"])
@@ -30,7 +37,7 @@ def test_a_step_is_read_when_the_next_one_is_pushed():
 
 
 def test_skipped_steps_do_not_enter_the_means_and_are_told_with_their_images():
-    epoch = EpochFigures(NonFiniteGuard())
+    epoch = EpochStatistics(NonFiniteGuard())
     epoch.push(figures(2.0), ["good.jpg"])
     epoch.push(figures(float("nan"), finite=False), ["bad.jpg"])
     assert "bad.jpg" in epoch.flush()
@@ -39,7 +46,7 @@ def test_skipped_steps_do_not_enter_the_means_and_are_told_with_their_images():
 
 
 def test_the_gradient_norm_is_a_mean_over_updates_not_batches():
-    epoch = EpochFigures(NonFiniteGuard())
+    epoch = EpochStatistics(NonFiniteGuard())
     for norm in (0.0, 3.0, 0.0, 5.0):  # accumulated over two batches
         epoch.push(figures(1.0, norm=norm), [])
     epoch.flush()
@@ -47,14 +54,14 @@ def test_the_gradient_norm_is_a_mean_over_updates_not_batches():
 
 
 def test_an_epoch_without_a_finite_step_has_no_mean():
-    assert math.isnan(EpochFigures(NonFiniteGuard()).mean("total"))
+    assert math.isnan(EpochStatistics(NonFiniteGuard()).mean("total"))
 
 
 def test_the_state_carries_an_epoch_over_a_resume():
-    epoch = EpochFigures(NonFiniteGuard())
+    epoch = EpochStatistics(NonFiniteGuard())
     epoch.push(figures(2.0), ["a"])
     epoch.flush()
-    resumed = EpochFigures(NonFiniteGuard())
+    resumed = EpochStatistics(NonFiniteGuard())
     resumed.state.update(epoch.state)
     resumed.push(figures(6.0), ["b"])
     resumed.flush()
@@ -69,16 +76,16 @@ def test_memory_of_this_process_is_a_plausible_number():
 def test_figures_come_from_the_gpu_without_a_sync():
     torch.cuda.set_sync_debug_mode("error")
     try:
-        values = {name: torch.ones((), device="cuda") for name in FIGURES}
-        waiting = HostFigures({**values, "groups": torch.ones(3, 4, 4, device="cuda")})
+        values = {name: torch.ones((), device="cuda") for name in STATISTICS}
+        waiting = StepStatistics({**values, "groups": torch.ones(3, 4, 4, device="cuda")})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert waiting.read() == (dict.fromkeys(FIGURES, 1.0), [1.0] * 48)
+    assert waiting.read() == (dict.fromkeys(STATISTICS, 1.0), [1.0] * 48)
 
 
 def test_a_finite_batch_of_a_skipped_update_does_not_end_the_row():
     guard = NonFiniteGuard(limit=3)
-    epoch = EpochFigures(guard)
+    epoch = EpochStatistics(guard)
     for _ in range(2):
         epoch.push(figures(1.0, norm=0.0), ["good.jpg"])
         epoch.push(figures(1.0, norm=float("nan"), skipped=True), ["last.jpg"])
@@ -100,7 +107,7 @@ GROUPS_OF_A_STEP = [*FINE, *MIDDLE, *[0.0] * 16]
 
 
 def test_shares_and_means_are_those_of_the_sums():
-    found = cell_figures(GROUPS_OF_A_STEP)
+    found = cell_statistics(GROUPS_OF_A_STEP)
     expected = {"loss_positive": 1 / 8, "loss_easy": 2 / 8, "loss_hard": 5 / 8}
     expected |= {"grad_positive": 6 / 10, "grad_easy": 3 / 10, "grad_hard": 1 / 10}
     expected |= {"objectness_positive": 0.5, "objectness_negative": 8 / 98}
@@ -116,7 +123,7 @@ def test_shares_and_means_are_those_of_the_sums():
 
 
 def test_an_epochs_shares_are_those_of_all_steps_that_looked():
-    epoch = EpochFigures(NonFiniteGuard())
+    epoch = EpochStatistics(NonFiniteGuard())
     other = [2 * value for value in reversed(GROUPS_OF_A_STEP)]
     epoch.push(figures(1.0, groups=GROUPS_OF_A_STEP), ["a"])
     epoch.push(figures(1.0), ["b"])
@@ -127,14 +134,14 @@ def test_an_epochs_shares_are_those_of_all_steps_that_looked():
     epoch.flush()
     both = [a + b for a, b in zip(GROUPS_OF_A_STEP, other, strict=True)]
     row = epoch.row()
-    for name, value in cell_figures(both, looks=2).items():
+    for name, value in cell_statistics(both, looks=2).items():
         assert row[name] == pytest.approx(value, nan_ok=True), name
     assert epoch.flush() == ""
     assert epoch.last_groups == []
 
 
 def test_the_measured_alpha_is_that_of_the_last_finite_look():
-    epoch = EpochFigures(NonFiniteGuard())
+    epoch = EpochStatistics(NonFiniteGuard())
     assert epoch.row()["conf_alpha"] is None
     epoch.push(figures(1.0, groups=GROUPS_OF_A_STEP, alpha=0.5), ["a"])
     epoch.push(figures(1.0, groups=GROUPS_OF_A_STEP, alpha=0.75), ["b"])
@@ -147,5 +154,5 @@ def test_the_measured_alpha_is_that_of_the_last_finite_look():
 
 
 def test_an_epoch_that_did_not_look_has_no_shares():
-    values = cell_figures(NO_GROUPS, looks=0).values()
+    values = cell_statistics(NO_GROUPS, looks=0).values()
     assert all(math.isnan(value) for value in values)

@@ -15,17 +15,17 @@ from utils.distributed import gather_objects
 
 TERMS = ("total", "loc", "conf", "cls")
 COUNTS = ("positives", "ignored")
-FIGURES = (*TERMS, *COUNTS, "grad_norm", "finite", "skipped")
+STATISTICS = (*TERMS, *COUNTS, "grad_norm", "finite", "skipped")
 CONF_ALPHA = "conf_alpha"  # of alpha="auto", in steps that look at the cells
 GROUP_SHAPE = (len(STRIDES), len(GROUPS), len(VALUES))
 NO_GROUPS = [0.0] * (len(STRIDES) * len(GROUPS) * len(VALUES))
 
 
-class HostFigures:
+class StepStatistics:
     """One step's figures, with CONF_ALPHA and `group_sums` if any, on their way to the host."""
 
     def __init__(self, figures: Mapping[str, Tensor]):
-        self.names = (*FIGURES, CONF_ALPHA) if CONF_ALPHA in figures else FIGURES
+        self.names = (*STATISTICS, CONF_ALPHA) if CONF_ALPHA in figures else STATISTICS
         self.packed = torch.stack([figures[name].detach().float() for name in self.names])
         if "groups" in figures:
             self.packed = torch.cat((self.packed, figures["groups"].flatten()))
@@ -45,21 +45,21 @@ class HostFigures:
         return dict(zip(self.names, named, strict=True)), groups
 
 
-class EpochFigures:
+class EpochStatistics:
     """Means over the finite steps of one epoch; `state` is what a resume in mid-epoch needs."""
 
     def __init__(self, guard: NonFiniteGuard):
         self.guard = guard
-        sums = (*FIGURES, "updates", "images", "seconds", "looks")
+        sums = (*STATISTICS, "updates", "images", "seconds", "looks")
         self.state: dict[str, Any] = dict.fromkeys(sums, 0.0)  # as in a checkpoint
         self.state["groups"] = NO_GROUPS  # summed over the steps that looked at them
         self.state[CONF_ALPHA] = None  # of the last of these steps
         self.last: dict[str, float] = {}
         self.last_groups: list[float] = []
-        self._pending: tuple[HostFigures, list[str]] | None = None
+        self._pending: tuple[StepStatistics, list[str]] | None = None
         self._clock = time.perf_counter()
 
-    def push(self, figures: HostFigures, images: Sequence[str]) -> str:
+    def push(self, figures: StepStatistics, images: Sequence[str]) -> str:
         """Take a step's figures, read those of the step before. Returns the guard's message."""
         message = self.flush()
         self._pending = (figures, list(images))
@@ -125,13 +125,13 @@ class EpochFigures:
             "loss": self.mean("total"),
             **{name: self.mean(name) for name in names},
             CONF_ALPHA: self.state[CONF_ALPHA],
-            **cell_figures(self.state["groups"], looks=self.state["looks"]),
+            **cell_statistics(self.state["groups"], looks=self.state["looks"]),
             "images_per_second": self.images_per_second(),
             "seconds": self.state["seconds"],
         }
 
 
-def cell_figures(groups: Sequence[float], *, looks: float = 1) -> dict[str, float]:
+def cell_statistics(groups: Sequence[float], *, looks: float = 1) -> dict[str, float]:
     """Statistics of the flat `group_sums` of so many steps; nan where there was nothing.
 
     conf_*: shares of the whole confidence term; s8_* and so on: of the scale with that stride, with

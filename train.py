@@ -46,6 +46,7 @@ from utils.distributed import (
     broadcast_object,
     first_of_machine_first,
     is_main,
+    patient_group,
     process_group,
     select_device,
 )
@@ -244,14 +245,12 @@ def load_data(
 ) -> tuple[VocDataset, list[Sample]]:
     """The training set and the validation samples, checked by the main process."""
     options = shared(config, ("skip_bad", "include_difficult", "classes_path"))
+    options |= {"split_dir": folder, "progress": True}
     splits = {"train": config.train, "val": config.val}
-    with removed_if_unused(folder):
-        train_samples, val_samples = broadcast_object(
-            read_splits(splits, class_names, split_dir=folder, progress=True, **options)
-            if is_main()
-            else None
-        )
-        with first_of_machine_first():  # a file of --cache_dir is written once
+    with removed_if_unused(folder), patient_group() as group:
+        found = read_splits(splits, class_names, **options) if is_main() else None
+        train_samples, val_samples = broadcast_object(found, group)
+        with first_of_machine_first(group):  # a file of --cache_dir is written once
             return training_set(config, train_samples), val_samples
 
 

@@ -1,12 +1,21 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils.distributed import gather_objects, is_main, select_device, world_size
+from utils.distributed import (
+    broadcast_object,
+    first_of_machine_first,
+    gather_objects,
+    is_main,
+    patient_group,
+    select_device,
+    world_size,
+)
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +29,8 @@ with process_group(torch.device("cpu")):
     assert norm.running_mean.tolist() == [5, 5]
     assert gather_objects(rank()) == [0, 1] and world_size() == 2
     assert broadcast_object({"from": rank()}) == {"from": 0}
+    with patient_group() as group:
+        assert broadcast_object({"from": rank()}, group) == {"from": 0}
     if is_main():
         print("fine")
 """
@@ -27,22 +38,31 @@ with process_group(torch.device("cpu")):
 
 def test_a_single_process_is_a_world_of_its_own():
     assert (world_size(), is_main(), gather_objects("a")) == (1, True, ["a"])
+    with patient_group() as group, first_of_machine_first(group):
+        assert broadcast_object("a", group) == "a"
 
 
-def assert_fine_on_two_ranks(folder, text):
-    """Run a script that says "fine" on the main of two ranks."""
+def run_on_two_ranks(folder, text, *arguments):
+    """Run a script under torchrun. Returns the finished process."""
     script = folder / "two.py"
     script.write_text(text)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "--standalone", str(script)],
+    return subprocess.run(
+        [*command, "--standalone", str(script), *map(str, arguments)],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def assert_fine_on_two_ranks(folder, text, *arguments):
+    """Run a script that says "fine" on the main of two ranks. Returns the finished process."""
+    done = run_on_two_ranks(folder, text, *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 1
+    return done
 
 
 def test_two_ranks_share_buffers_and_objects(tmp_path):
@@ -91,3 +111,94 @@ with process_group(torch.device("cpu")):
 
 def test_ranks_add_up_their_gradients_once_an_update(tmp_path):
     assert_fine_on_two_ranks(tmp_path, ACCUMULATE)
+
+
+ONE_FAILS = """
+import sys, time
+from pathlib import Path
+import torch
+from utils.distributed import process_group, rank, sum_over_ranks
+from utils.errors import UserError, run_script
+
+def main():
+    with process_group(torch.device("cpu")):
+        sum_over_ranks(torch.ones(1))
+        if rank() == 1:
+            print("about to fail")
+            Path(sys.argv[1]).write_text(str(time.time()))
+            raise UserError("lr is -1; give 0 or more.")
+        sum_over_ranks(torch.ones(1))
+
+run_script(main)
+"""
+
+
+def test_an_error_on_one_rank_ends_both_and_only_its_message_is_printed(tmp_path):
+    done = run_on_two_ranks(tmp_path, ONE_FAILS, tmp_path / "failed")
+    assert time.time() - float((tmp_path / "failed").read_text()) < 15
+    assert done.returncode != 0
+    assert done.stderr.count("error: lr is -1; give 0 or more.") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert "rank 0 ends: an error on rank 1 came first" in done.stderr
+    assert "RuntimeError" not in done.stderr  # of the collective that rank 0 waited in
+    assert "about to fail" in done.stdout  # os._exit flushes nothing by itself
+
+
+ALL_FAIL = """
+import torch
+from utils.distributed import process_group, rank
+from utils.errors import run_script
+
+def main():
+    with process_group(torch.device("cpu")):
+        1 / 0
+
+run_script(main)
+"""
+
+
+def test_an_unexpected_error_of_all_ranks_has_one_traceback(tmp_path):
+    done = run_on_two_ranks(tmp_path, ALL_FAIL)
+    assert done.returncode != 0
+    assert done.stderr.count("ZeroDivisionError: ") == 1
+    assert done.stderr.count("an error on rank") == 1
+
+
+SLOW_DATA = """
+import os, sys, time
+from pathlib import Path
+import torch
+import train
+from utils.distributed import is_main, process_group, rank, sum_over_ranks
+from datetime import timedelta
+
+def slowed(work):
+    def slow(*arguments, **options):
+        time.sleep(4)
+        return work(*arguments, **options)
+    return slow
+
+root, folder = map(Path, sys.argv[1:])
+(folder / os.environ["RANK"]).touch()
+while len(list(folder.glob("[01]"))) < 2:  # the timeout counts from here
+    time.sleep(0.1)
+train.read_splits, train.training_set = slowed(train.read_splits), slowed(train.training_set)
+config = train.Config(train=f"{root}:train", val=f"{root}:val", classes_path=root / "classes.txt")
+with process_group(torch.device("cpu"), timeout=timedelta(seconds=3)):
+    train_set, val_samples = train.load_data(config, ("red", "green"), folder)
+    assert (len(train_set), len(val_samples)) == (8, 4)
+    sum_over_ranks(torch.ones(1))
+    if is_main():
+        print("fine", flush=True)
+    if rank() == 1:
+        time.sleep(4)
+    sum_over_ranks(torch.ones(1))
+"""
+
+
+def test_only_reading_the_data_and_filling_the_cache_may_outlast_the_timeout(tiny_voc, tmp_path):
+    """Rank 0 reads, then fills its cache, then waits while rank 1 fills its own: 4 s each."""
+    done = run_on_two_ranks(tmp_path, SLOW_DATA, tiny_voc, tmp_path)
+    assert done.stdout.count("fine") == 1, done.stderr
+    assert done.returncode != 0  # the second collective waited for the usual 3 s
+    assert "timed out" in done.stderr.lower(), done.stderr

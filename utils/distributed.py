@@ -1,15 +1,20 @@
 """torch.distributed behind a few functions that also work in a single process."""
 
+import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, report
+
+PATIENCE = timedelta(days=1)
 
 
 def rank() -> int:
@@ -43,6 +48,7 @@ def select_device(name: str) -> torch.device:
     Under torchrun each process takes the GPU of its LOCAL_RANK.
     Raises UserError for an unknown name or a device that this machine lacks.
     """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -53,7 +59,7 @@ def select_device(name: str) -> torch.device:
             raise UserError(
                 f"device {name!r}: under torchrun each process takes its own; use cuda."
             )
-        index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))
+        index = device.index if device.index is not None else local_rank
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA "
@@ -67,28 +73,86 @@ def select_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Join torchrun's process group for the time of the block; nothing in a single process."""
+def process_group(device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
+    """Join torchrun's process group for the time of the block; nothing in a single process.
+
+    An error in the block is printed and ends the process at once. torchrun then ends the others.
+
+    Args:
+        device: This rank's, as `select_device` has it.
+        timeout: How long a collective waits for the other ranks; default: torch's.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, number, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore("ranks", store)
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=number,
+        world_size=size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        _end_process(error, store)
+    dist.destroy_process_group()
+
+
+def _end_process(error: BaseException, store: dist.Store) -> NoReturn:
+    """End this process after an error, which is printed if it is the first among all ranks.
+
+    Without destroy_process_group: on NCCL it would wait for kernels that need the other ranks. A
+    later error of another rank is, as a rule, a collective that lost its partner.
+    """
+    try:
+        first = store.compare_set("first to fail", "", str(rank())).decode()
+    except RuntimeError:  # without torchrun rank 0 keeps the store: both are gone
+        first = "0"
+    status = 1
+    if first == str(rank()):
+        status = report(error)
+    else:
+        print(f"rank {rank()} ends: an error on rank {first} came first", file=sys.stderr)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextmanager
-def first_of_machine_first() -> Iterator[None]:
-    """The block is run by the first process of each machine, then by its others: what the first
-    one leaves on the machine's disk is there for them."""
+def patient_group() -> Iterator[dist.ProcessGroup | None]:
+    """A group of all ranks whose collectives wait for up to a day; None in a single process.
+
+    For work that one rank does while the others wait, such as reading the data. It is a group of
+    its own on the CPU: the usual timeout would end a rank that waits, and NCCL keeps a waiting
+    GPU busy. All ranks meet at the end of the block, before any of them uses the usual group.
+    """
+    if world_size() == 1:
+        yield None
+        return
+    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+    yield group
+    dist.barrier(group)
+
+
+@contextmanager
+def first_of_machine_first(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Local rank 0 runs the block first, then the node's other ranks.
+
+    What it leaves on the machine's disk is there for them. group: of all ranks; None is the usual.
+    """
     waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
     if waits:
-        dist.barrier()
+        dist.barrier(group)
     yield
     if world_size() > 1 and not waits:
-        dist.barrier()
+        dist.barrier(group)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -107,10 +171,10 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank."""
+def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """Rank 0's value on every rank. group: of all ranks; None is the usual."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box)
+    dist.broadcast_object_list(box, group=group)
     return box[0]

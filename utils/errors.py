@@ -23,14 +23,27 @@ def run_script(main: Callable[[], None]) -> None:
         return
     try:
         main()
-    except UserError as error:
+    except (UserError, KeyboardInterrupt) as error:
+        sys.exit(report(error))
+
+
+def report(error: BaseException) -> int:
+    """Print an error as a script's user sees it; returns the exit status.
+
+    A UserError is its message alone, an unexpected error has its traceback.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, UserError):
         # One of a DataLoader's worker comes as text, behind its traceback.
         message = str(error).rpartition("utils.errors.UserError: ")[2].rstrip()
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        return 2
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 1
 
 
 def summarise(names: Sequence[str], limit: int = 4) -> str:

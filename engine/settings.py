@@ -11,6 +11,7 @@ from engine.optimizer import SCHEDULES, check_optimizer, learning_rate, scaled_l
 from nets.yolo import MAX_STRIDE
 from utils.distributed import world_size
 from utils.errors import UserError
+from utils.gpu import check_bf16
 
 PERIOD = 10  # steps of one size, as in darknet
 INPUT_COLUMNS = ("input_height", "input_width")  # of a step, in TensorBoard
@@ -216,7 +217,8 @@ def plan_phases(
 def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type for auto, bf16, fp16 or off; None is full precision.
 
-    Raises UserError for another name, or fp16 on the CPU, whose kernels lack it.
+    Raises UserError for another name, for fp16 on the CPU, whose kernels lack it, and for bf16 on
+    a GPU before Ampere.
     """
     if name == "auto":
         if device.type != "cuda":
@@ -226,6 +228,8 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
     if name not in kinds or (name == "fp16" and device.type == "cpu"):
         raise UserError(f"amp {name!r} on {device.type}: use auto, bf16 or off (fp16 on a GPU).")
+    if name == "bf16" and device.type == "cuda" and torch.cuda.is_available():
+        check_bf16(torch.cuda.get_device_capability(device))
     return kinds[name]
 
 

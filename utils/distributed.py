@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils.errors import UserError, report
+from utils.gpu import gpu_fault
 
 PATIENCE = timedelta(days=1)
 
@@ -43,13 +44,14 @@ def is_main() -> bool:
 
 
 def select_device(name: str) -> torch.device:
-    """The device for a name such as "cpu", "cuda", "cuda:1"; "" means CUDA when it is there.
+    """The device for a name such as "cpu", "cuda", "cuda:1"; "" means CUDA when it can be used.
 
-    Under torchrun each process takes the GPU of its LOCAL_RANK.
-    Raises UserError for an unknown name or a device that this machine lacks.
+    Where "" finds no usable GPU, a warning gives the reason and the cure. Under torchrun each
+    process takes the GPU of its LOCAL_RANK.
+    Raises UserError for an unknown name or a device that this machine lacks or cannot use.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or _default_device(local_rank)
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -60,6 +62,8 @@ def select_device(name: str) -> torch.device:
                 f"device {name!r}: under torchrun each process takes its own; use cuda."
             )
         index = device.index if device.index is not None else local_rank
+        if fault := gpu_fault(index):
+            raise UserError(f"device {name!r} cannot be used: {fault} Or use --device cpu.")
         if index >= torch.cuda.device_count():
             raise UserError(
                 f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA "
@@ -70,6 +74,17 @@ def select_device(name: str) -> torch.device:
     if device.type != "cpu":
         raise UserError(f"device {name!r} is not supported. Use cpu, cuda or cuda:N.")
     return device
+
+
+def _default_device(local_rank: int) -> str:
+    """CUDA where it can be used, else the CPU, and a warning if a GPU seems to be meant."""
+    fault = gpu_fault(local_rank)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if torch.cuda.is_available() and (several or not fault):
+        return "cuda"  # several ranks: other GPUs may do, and a rank on the CPU cannot join them
+    if fault and local_rank == 0:
+        print(f"warning: the CPU is used: {fault}", file=sys.stderr)
+    return "cpu"
 
 
 @contextmanager

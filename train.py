@@ -26,7 +26,14 @@ from engine.config import (
 from engine.console import describe, how_to_go_on, how_to_use
 from engine.process import seed_everything
 from engine.runlog import RunLog, removed_if_unused
-from engine.settings import MultiScale, TrainingSettings, amp_dtype, epochs_for, plan_phases
+from engine.settings import (
+    MultiScale,
+    TrainingSettings,
+    agree_on_precision,
+    amp_dtype,
+    epochs_for,
+    plan_phases,
+)
 from engine.start import (
     build_network,
     check_config,
@@ -195,7 +202,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     if is_main():
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
             print(f"note: {note}")
-    settings = make_settings(config, device)
+    settings = agree_on_precision(make_settings(config, device))
     parts = {"model": model, "loss": loss, "settings": settings, "device": device}
     parts["metadata"] = metadata
     run(config, folder, parts, train_set=train_set, val_samples=val_samples, resume=resume)

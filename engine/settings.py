@@ -9,7 +9,7 @@ import torch
 from data.sampler import random_generator
 from engine.optimizer import SCHEDULES, check_optimizer, learning_rate, scaled_lr
 from nets.yolo import MAX_STRIDE
-from utils.distributed import world_size
+from utils.distributed import gather_objects, is_main, world_size
 from utils.errors import UserError
 from utils.gpu import check_bf16
 
@@ -231,6 +231,20 @@ def amp_dtype(name: str, device: torch.device) -> torch.dtype | None:
     if name == "bf16" and device.type == "cuda" and torch.cuda.is_available():
         check_bf16(torch.cuda.get_device_capability(device))
     return kinds[name]
+
+
+def agree_on_precision(settings: TrainingSettings) -> TrainingSettings:
+    """The settings with the precision of the least capable rank, for gradients of one kind.
+
+    A collective call. A precision that differs is printed.
+    """
+    found = gather_objects(settings.amp_dtype)
+    least = min(found, key=(None, torch.float16, torch.bfloat16).index)
+    if len(set(found)) > 1 and is_main():
+        names = [str(dtype or torch.float32).removeprefix("torch.") for dtype in found]
+        chosen = str(least or torch.float32).removeprefix("torch.")
+        print(f"precision: {chosen} on every rank, since the ranks have {', '.join(names)}")
+    return dataclasses.replace(settings, amp_dtype=least)
 
 
 def detection_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training import flags
 from utils.distributed import (
     broadcast_object,
     first_of_machine_first,
@@ -202,3 +203,22 @@ def test_only_reading_the_data_and_filling_the_cache_may_outlast_the_timeout(tin
     assert done.stdout.count("fine") == 1, done.stderr
     assert done.returncode != 0  # the second collective waited for the usual 3 s
     assert "timed out" in done.stderr.lower(), done.stderr
+
+
+MIXED = """
+import os, sys
+import train
+from utils.errors import run_script
+
+sys.argv += ["--amp", ("bf16", "off")[int(os.environ["RANK"])]]
+run_script(train.main)
+"""
+
+
+def test_ranks_of_different_precision_train_in_that_of_the_least_capable(tiny_voc, tmp_path):
+    arguments = flags(tiny_voc, tmp_path / "run", epochs=1)
+    done = run_on_two_ranks(tmp_path, MIXED, *arguments)
+    assert done.returncode == 0, done.stderr
+    line = "precision: float32 on every rank, since the ranks have bfloat16, float32"
+    assert done.stdout.count(line) == 1
+    assert done.stdout.count("precision:") == 1

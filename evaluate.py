@@ -20,6 +20,7 @@ from metrics.plots import plot_precision_recall, plot_reliability
 from metrics.scoring import Evaluation, format_table
 from utils.distributed import select_device
 from utils.errors import UserError, run_script
+from utils.memory import FittingBatch
 from weights.checkpoint import build_model
 from weights.foreign import FileMetadata, MetadataFlags, read_network
 
@@ -67,16 +68,18 @@ def main() -> None:
     print(report)
     make_folder(folder)
 
-    evaluation = evaluate(
-        model,
-        samples,
-        class_names=checkpoint["class_names"],
-        anchors=checkpoint["anchors"],
-        input_shape=tuple(checkpoint["input_shape"]),
-        scale_xy=checkpoint["scale_xy"],
-        device=device,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
+    evaluation = FittingBatch(config.batch_size).run(
+        lambda batch_size: evaluate(
+            model,
+            samples,
+            class_names=checkpoint["class_names"],
+            anchors=checkpoint["anchors"],
+            input_shape=tuple(checkpoint["input_shape"]),
+            scale_xy=checkpoint["scale_xy"],
+            device=device,
+            batch_size=batch_size,
+            num_workers=config.num_workers,
+        )
     )
     fixed = evaluation.at_threshold(checkpoint["conf_threshold"])
     print(format_table(evaluation))

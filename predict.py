@@ -22,6 +22,7 @@ from data.image import IMAGE_SUFFIXES, read_image
 from engine.predictor import Detections, Predictor
 from utils.draw import draw_detections
 from utils.errors import UserError, run_script
+from utils.memory import FittingBatch
 from utils.overlap import Behind, ahead
 from utils.video import VIDEO_SUFFIXES, VideoReader, VideoWriter
 from weights.foreign import FileMetadata, MetadataFlags
@@ -67,7 +68,7 @@ def main() -> None:
     folder = results_folder(config.save_dir, config.source)
 
     started = time.perf_counter()
-    with Results(folder, [*images, *videos]) as results:
+    with Results(folder, [*images, *videos], config.batch_size) as results:
         if left_out:
             results.notes.append(left_out)
         if predictor.stand_in:
@@ -186,8 +187,9 @@ class Results:
     folder is made at once, before the work that its results cost, and goes when there are none.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[Path]):
+    def __init__(self, folder: Path, sources: Sequence[Path], batch_size: int):
         self.folder = folder
+        self.batch = FittingBatch(batch_size)
         self.notes: list[str] = []
         self.failures: list[str] = []
         self.boxes_per_class: Counter[str] = Counter()
@@ -229,7 +231,7 @@ class Results:
 
     def detect(self, predictor: Predictor, images: list[np.ndarray]) -> list[Detections]:
         """The predictor's answer, with the highest score remembered."""
-        found = predictor(images, batch_size=len(images))
+        found = self.batch.run(lambda size: predictor(images, batch_size=size))
         assert predictor.max_score is not None  # it has seen images
         self.max_score = max(predictor.max_score, self.max_score)
         return found

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import sys
-from collections.abc import Collection, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from engine.config import (
     parse_config,
     recipe_changes,
     run_folder,
+    shared,
 )
 from engine.console import describe, how_to_go_on, how_to_use
 from engine.process import seed_everything
@@ -58,6 +58,7 @@ from utils.distributed import (
     select_device,
 )
 from utils.errors import run_script
+from utils.memory import LESS_MEMORY, memory_cure
 from weights.loading import LoadReport
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     )
     device = select_device(config.device)
     check_config(config, resumes=resume is not None)
-    with process_group(device):
+    with process_group(device), memory_cure(LESS_MEMORY):
         train(config, resume, device)
 
 
@@ -283,12 +284,6 @@ def build_loss(
         scale_xy=scale_xy,
         **shared(config, known, but=("input_shape", "scale_xy")),
     )
-
-
-def shared(config: Config, names: Iterable[str], *, but: Collection[str] = ()) -> dict[str, Any]:
-    """The constants of these names, some left out: what a part of the training calls them too."""
-    own = {field.name for field in dataclasses.fields(config)}
-    return {name: getattr(config, name) for name in names if name in own and name not in but}
 
 
 def recipe_values(config: Config) -> dict[str, Any]:

@@ -214,3 +214,9 @@ def folder_of_resumed(checkpoint_path: Path, save_dir: str) -> Path:
         if (old / name).exists() and not (folder / name).exists():
             shutil.copy(old / name, folder)
     return folder
+
+
+def shared(config: Config, names: Iterable[str], *, but: Collection[str] = ()) -> dict[str, Any]:
+    """The constants of these names, some left out: what a part of the training calls them too."""
+    own = {field.name for field in dataclasses.fields(config)}
+    return {name: getattr(config, name) for name in names if name in own and name not in but}

@@ -26,7 +26,6 @@ from engine.statistics import StepStatistics
 from nets.cpu import use_fast_mish
 from nets.yolo import YoloV4
 from utils.distributed import rank, world_size
-from utils.errors import UserError
 from utils.heap import keep_freed_memory
 from weights.checkpoint import cpu_copy
 
@@ -86,22 +85,14 @@ class Trainer:
     def fit(self) -> bool:
         """Train to the last epoch, or until `patience` ends it. False when SIGINT or SIGTERM did.
 
-        Raises UserError when memory runs out, or only non-finite steps come or have come.
+        Raises UserError when only non-finite steps come or have come.
         """
-        try:
-            self._dry_run()
-            with stop_on_signal(self._request_stop):
-                for phase in self.settings.phases_from(self.record.epoch):
-                    loader = self._begin_phase(phase)
-                    while self.record.epoch < phase.last_epoch and not self._stops:
-                        self._train_epoch(phase, loader)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                "the GPU's memory is not enough. Start again with half the --batch_size (double "
-                "--accumulate keeps the update), with --recompute, a smaller --input_shape or less "
-                "--multi_scale. "
-                f"{error}"
-            ) from None
+        self._dry_run()
+        with stop_on_signal(self._request_stop):
+            for phase in self.settings.phases_from(self.record.epoch):
+                loader = self._begin_phase(phase)
+                while self.record.epoch < phase.last_epoch and not self._stops:
+                    self._train_epoch(phase, loader)
         return self.record.finish()
 
     def _train_epoch(self, phase: Phase, loader: TrainingLoader) -> None:

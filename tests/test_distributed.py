@@ -222,3 +222,26 @@ def test_ranks_of_different_precision_train_in_that_of_the_least_capable(tiny_vo
     line = "precision: float32 on every rank, since the ranks have bfloat16, float32"
     assert done.stdout.count(line) == 1
     assert done.stdout.count("precision:") == 1
+
+
+HUNGRY = """
+import os
+import torch
+from torch import nn
+
+class Hungry(nn.Module):
+    def forward(self, logits, targets):
+        if os.environ["RANK"] == "1" and logits.numel() > 1000:  # a batch, not the first check
+            torch.empty(2**60, dtype=torch.uint8)
+        return logits.square()
+"""
+
+
+def test_out_of_memory_on_one_rank_of_a_training_ends_it_with_one_message(tiny_voc, tmp_path):
+    (tmp_path / "my_losses.py").write_text(HUNGRY)
+    arguments = flags(tiny_voc, tmp_path / "run", conf_loss="my_losses:Hungry")
+    done = run_on_two_ranks(tmp_path, (ROOT / "train.py").read_text(), *arguments)
+    assert done.returncode != 0
+    assert done.stderr.count("memory is not enough") == 1
+    assert done.stderr.count("--batch_size") == 1
+    assert "RuntimeError" not in done.stderr

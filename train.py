@@ -166,9 +166,7 @@ CHANGEABLE = (
 
 
 def main() -> None:
-    config, resume = parse_config(
-        Config, description=__doc__, changeable=CHANGEABLE, recipe_changes=recipe_changes
-    )
+    config, resume = parse_config(Config, description=__doc__, changeable=CHANGEABLE)
     device = select_device(config.device)
     check_config(config, resumes=resume is not None)
     with process_group(device), memory_cure(LESS_MEMORY):
@@ -204,8 +202,8 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
         for note in other_decode(report, anchors=anchors, scale_xy=scale_xy):
             print(f"note: {note}")
     settings = agree_on_precision(make_settings(config, device))
-    parts = {"model": model, "loss": loss, "settings": settings, "device": device}
-    parts["metadata"] = metadata
+    parts = {"model": model, "loss": loss, "settings": settings, "metadata": metadata}
+    parts["device"] = device
     run(config, folder, parts, train_set=train_set, val_samples=val_samples, resume=resume)
 
 

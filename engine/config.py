@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,10 @@ def parse_config(
     *,
     description: str,
     changeable: Collection[str],
-    recipe_changes: Callable[..., Mapping[str, Any]],
 ) -> tuple[Config, dict[str, Any] | None]:
     """The flags as a Config, and with --resume the checkpoint, whose config is the default.
 
-    changeable: the knobs that a resumed run may be given anew. recipe_changes: what a recipe
-    changes against the constants, by its name and whether training starts from --weights.
+    changeable: the knobs that a resumed run may be given anew.
     Raises UserError for a checkpoint that cannot be resumed and for knobs that cannot change.
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

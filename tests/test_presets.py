@@ -24,9 +24,7 @@ from utils.errors import UserError
 
 def parsed(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    return parse_config(
-        Config, description="", changeable=train.CHANGEABLE, recipe_changes=recipe_changes
-    )[0]
+    return parse_config(Config, description="", changeable=train.CHANGEABLE)[0]
 
 
 def test_every_constant_of_the_forks_recipe_is_one_of_train_py():

@@ -97,7 +97,7 @@ def make_loader(config: Config, samples: list[Sample]) -> TrainingLoader:
         train_set,
         RepeatedEpoch(len(samples), config.batch_size, steps=total),
         num_workers=config.num_workers,
-        pin_memory=config.device == "cuda",
+        for_gpu=config.device == "cuda",
     )
 
 

@@ -29,11 +29,12 @@ def read_sample(sample: Sample, reduction: int = 1) -> np.ndarray:
     Raises UserError if it does not have the size that its boxes refer to.
     """
     image = read_image(sample.image_path, reduction=reduction)
-    expected = reduced_hw(sample.image_hw, reduction)
-    if image.shape[:2] != expected:
+    height, width = sample.image_hw
+    if image.shape[:2] != (-(-height // reduction), -(-width // reduction)):
         raise UserError(
-            f"{sample.image_path}: has height and width {image.shape[:2]}, but had {expected} when "
-            "the split was read. Start again if it was replaced."
+            f"{sample.image_path}: has height and width {image.shape[:2]} at 1/{reduction} of its "
+            f"size, but had {height, width} in full when the split was read. Start again if it was "
+            "replaced."
         )
     return image
 

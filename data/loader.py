@@ -17,6 +17,8 @@ from utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
 SHARED_MEMORY = "/dev/shm"  # of Linux: Docker gives 64 MB of it where nothing else is said
+LEAST_TARGETS = 64
+NOTHING = (0.0, -1.0, 0.0, 0.0, 0.0, 0.0)  # an ignore region of image 0, without area
 PREFETCH = 2  # what a worker has ready of its next batches
 CURE = "start Docker with --shm-size=8g, or give fewer --num_workers or a smaller --batch_size."
 
@@ -29,6 +31,7 @@ class TrainingLoader:
     it decodes an image about once, however many workers there are; ranks that share a block each
     decode what their own samples need of it. Workers live until the loader goes.
 
+    for_gpu: batches lie in pinned memory, and their targets are padded.
     Raises UserError where there is too little shared memory for what they load ahead.
     """
 
@@ -38,7 +41,7 @@ class TrainingLoader:
         sampler: EpochBatchSampler,
         *,
         num_workers: int,
-        pin_memory: bool,
+        for_gpu: bool = False,
     ):
         height, width = train_set.input_shape
         ahead = num_workers * PREFETCH * max(BLOCK, sampler.batch_size)
@@ -47,12 +50,12 @@ class TrainingLoader:
         self._loader = DataLoader(
             train_set,
             batch_sampler=BlockSampler(sampler),
-            collate_fn=partial(collate_batches, batch_size=sampler.batch_size),
+            collate_fn=partial(collate_batches, batch_size=sampler.batch_size, pad=for_gpu),
             num_workers=num_workers,
             prefetch_factor=PREFETCH if num_workers else None,
             worker_init_fn=init_worker,
             persistent_workers=num_workers > 0,
-            pin_memory=pin_memory,
+            pin_memory=for_gpu,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -79,18 +82,23 @@ class BlockSampler(Sampler[list[int]]):
             yield joined
 
 
-def collate(items: Sequence[Batch]) -> Batch:
+def collate(items: Sequence[Batch], *, pad: bool = False) -> Batch:
     """Items -> images uint8 (B, 3, H, W) in channels_last memory, targets (N, 6).
 
     A target is image_index, class_id, cx, cy, w, h. For `DataLoader(collate_fn=collate)`.
+    With `pad` N is a power of two, LEAST_TARGETS or more, so that a step's shapes are few: the
+    rows behind the targets are ignore regions without area, which change nothing.
     """
     images, targets = zip(*items, strict=True)
     rows = [image.permute(1, 2, 0) for image in images]
     batch = torch.stack(rows, out=room(len(rows), *rows[0].shape, dtype=torch.uint8))
     counts = torch.tensor([len(target) for target in targets])
     image_index = torch.arange(len(items)).repeat_interleave(counts)
-    columns = (image_index[:, None].float(), torch.cat(targets))
-    joined = torch.cat(columns, dim=1, out=room(len(image_index), 6, dtype=torch.float32))
+    number = len(image_index)
+    length = max(LEAST_TARGETS, 1 << (number - 1).bit_length()) if pad else number
+    joined = room(length, 6, dtype=torch.float32)
+    joined[number:] = torch.tensor(NOTHING)
+    torch.cat((image_index[:, None].float(), torch.cat(targets)), dim=1, out=joined[:number])
     return batch.permute(0, 3, 1, 2), joined
 
 
@@ -120,10 +128,10 @@ def room(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(0, dtype=dtype).set_(storage).resize_(shape)
 
 
-def collate_batches(items: Sequence[Batch], batch_size: int) -> list[Batch]:
+def collate_batches(items: Sequence[Batch], batch_size: int, *, pad: bool) -> list[Batch]:
     """Items of several batches -> what `collate` makes of each."""
     starts = range(0, len(items), batch_size)
-    return [collate(items[start : start + batch_size]) for start in starts]
+    return [collate(items[start : start + batch_size], pad=pad) for start in starts]
 
 
 def to_input(

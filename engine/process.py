@@ -1,5 +1,6 @@
 """Of the running process: its random generators, and signals as a wish to stop."""
 
+import os
 import random
 import signal
 import threading
@@ -21,6 +22,8 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:  # cuBLAS reads it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
 

@@ -245,7 +245,7 @@ def batch_image(images: Tensor, targets: Tensor, class_names: Sequence[str]) -> 
     size = targets.new_tensor([width, height]).repeat(2) * zoom
     drawn = []
     for index, image in enumerate(images[:MOST_IMAGES]):
-        rows = targets[targets[:, 0] == index]
+        rows = targets[(targets[:, 0] == index) & (targets[:, 4] > 0)]  # without the padding
         boxes_xyxy = (box_convert(rows[:, 2:], "cxcywh", "xyxy") * size).numpy()
         pixels = resize(image.permute(1, 2, 0).numpy(), (height * zoom, width * zoom))
         drawn.append(draw_boxes(pixels, boxes_xyxy, rows[:, 1].int().numpy(), class_names))

@@ -147,7 +147,7 @@ class Trainer:
             self.train_set,
             sampler,
             num_workers=self.settings.num_workers,
-            pin_memory=self.step.device.type == "cuda",
+            for_gpu=self.step.device.type == "cuda",
         )
 
     def _freeze(self, frozen: bool) -> None:

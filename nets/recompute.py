@@ -24,12 +24,10 @@ def keep_statistics(module: nn.Module) -> Iterator[None]:
     """BN's running statistics stay as they are: the first forward pass has updated them."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
-    counters = [layer.num_batches_tracked for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
-        layer.num_batches_tracked = None  # else the counter moves
     try:
         yield
     finally:
-        for layer, momentum, counter in zip(layers, momenta, counters, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, counter
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum

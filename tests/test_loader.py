@@ -48,7 +48,7 @@ def samples(tmp_path_factory):
 def test_batches_come_in_the_samplers_order_with_what_it_names(samples, num_workers):
     train_set = VocDataset(samples, (32, 32), train=True)
     sampler = EpochBatchSampler(len(samples), 8)
-    loader = TrainingLoader(train_set, sampler, num_workers=num_workers, pin_memory=False)
+    loader = TrainingLoader(train_set, sampler, num_workers=num_workers)
     for epoch, start_step in ((0, 0), (1, 0), (1, 6)):
         train_set.set_epoch(epoch)
         sampler.set_epoch(epoch, start_step)
@@ -71,7 +71,7 @@ def test_three_workers_decode_each_image_about_once(samples, monkeypatch, tmp_pa
     monkeypatch.setattr("data.cache.read_image", noting)
     train_set = VocDataset(samples, (32, 32), train=True, mosaic_prob=1)
     sampler = EpochBatchSampler(len(samples), 8)
-    loader = TrainingLoader(train_set, sampler, num_workers=3, pin_memory=False)
+    loader = TrainingLoader(train_set, sampler, num_workers=3)
     loader._loader.multiprocessing_context = "fork"  # the workers see what is patched
     assert len(list(loader)) == 12
     decoded = Counter(line.split()[1] for line in log.read_text().splitlines())
@@ -119,3 +119,12 @@ def test_shared_memory_that_runs_out_ends_the_run_with_a_message():
     assert done.returncode == 2
     assert "\nerror: a data loading process has no shared memory left: start" in "\n" + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("boxes", "rows"), [(0, 64), (30, 64), (33, 128)])
+def test_padded_targets_have_one_of_few_lengths(boxes, rows):
+    items = [(torch.zeros(8, 8, 3, dtype=torch.uint8).permute(2, 0, 1), torch.rand(boxes, 5))] * 2
+    plain, padded = collate(items)[1], collate(items, pad=True)[1]
+    assert padded.shape == (rows, 6)
+    assert torch.equal(padded[: 2 * boxes], plain)
+    assert (padded[2 * boxes :] == torch.tensor([0, -1, 0, 0, 0, 0])).all()

@@ -21,6 +21,7 @@ def test_one_seed_gives_one_sequence():
 def test_deterministic_is_a_switch_of_torch():
     seed_everything(0, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert not torch.backends.cudnn.benchmark
     seed_everything(0, deterministic=False)
     assert not torch.are_deterministic_algorithms_enabled()

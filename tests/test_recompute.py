@@ -66,5 +66,5 @@ def test_an_error_leaves_the_statistics_running():
     with pytest.raises(ZeroDivisionError), keep_statistics(network):
         raise ZeroDivisionError
     network(torch.rand(1, 3, 64, 64))
-    assert network.backbone.stem.bn.num_batches_tracked == 1
+    assert network.backbone.stem.bn.running_mean.any()
     assert network.backbone.stem.bn.momentum == 0.1

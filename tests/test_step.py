@@ -182,3 +182,25 @@ def test_a_look_at_the_cells_changes_nothing_and_comes_with_the_figures():
     assert groups == pytest.approx([figures["total"] * value for value in range(48)])
     for key, value in state_of(plain).items():
         assert torch.equal(state_of(looking)[key], value), key
+
+
+class InfiniteLoss(SquareLoss):
+    """The value is infinite where the targets are, its gradient is not: a logit beyond 65504."""
+
+    def forward(self, outputs, targets, *, cells=False):
+        terms = super().forward(outputs, torch.ones_like(targets), cells=cells)
+        return terms | {"total": terms["total"] + targets[:, 1].mean()}
+
+
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_in_half_precision_an_update_reported_as_skipped_is_not_made(group_size):
+    step = make_step()
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step.loss = InfiniteLoss()
+    before = [parameter.clone() for parameter in step.model.parameters()]
+    if group_size == 2:
+        step(*batch(), group_size=2, update=False)
+    assert read(step(*batch(float("inf")), group_size=group_size))["skipped"] == 1
+    assert all(map(torch.equal, step.model.parameters(), before))
+    assert read(step(*batch(), group_size=1))["skipped"] == 0
+    assert not torch.equal(step.model[0].weight, before[0])

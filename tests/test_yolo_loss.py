@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from data.loader import NOTHING
 from losses.assign import ASSIGNERS
 from losses.box_loss import BOX_LOSSES
 from losses.yolo_loss import YOLOLoss
@@ -241,3 +242,16 @@ def test_on_a_gpu_nothing_waits_for_the_device_and_the_numbers_are_the_same(assi
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert values(terms) == pytest.approx(values(expected), rel=1e-4)
+
+
+@ALL
+@pytest.mark.parametrize("box_loss", sorted(BOX_LOSSES))
+def test_rows_that_pad_the_targets_change_nothing(assigner, box_loss):
+    outputs, targets = make_outputs(), make_targets(ignore=2)
+    padding = torch.tensor([NOTHING]).expand(52, 6)
+    loss = make_loss(assigner=assigner, box_loss=box_loss, iou_target=1.0)
+    plain, padded = loss(outputs, targets), loss(outputs, torch.cat((targets, padding)))
+    assert values(padded) == pytest.approx(values(plain), rel=2.4e-7)
+    assert padded["ignored"] == plain["ignored"]
+    for found, expected in zip(gradients(padded, outputs), gradients(plain, outputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)

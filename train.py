@@ -151,7 +151,8 @@ class Config:
     deterministic: bool = False  # bitwise reproducible training; slower on a GPU
     log_period: int = 10  # log loss and per-scale statistics every N steps
     eval_period: int = 5  # compute validation loss and mAP every N epochs
-    save_period: int = 1  # save last.pt every N epochs, and at least every five minutes
+    # save last.pt every N epochs; 0: often, but in less than 5% of the time, and every five minutes
+    save_period: int = 0
     save_dir: str = ""  # folder of the run, empty or new; default: logs/<time>
     resume: str = ""  # resume this run: its folder or its last.pt
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -21,7 +22,10 @@ from weights.checkpoint import cpu_copy, save_checkpoint
 if TYPE_CHECKING:
     from engine.trainer import TrainStep
 
-SAVE_SECONDS = 300  # last.pt is never older than this
+# Of last.pt, where --save_period does not say it: it is never older than LONGEST_WAIT seconds, and
+# at the end of an epoch saved again if saving takes at most SAVE_SHARE of the time.
+LONGEST_WAIT = 300
+SAVE_SHARE = 0.05
 
 
 class RunRecord:
@@ -53,6 +57,7 @@ class RunRecord:
         self.conf_threshold = 0.5  # until an evaluation has measured one
         self.warned = False
         self.last_save = time.monotonic()
+        self.save_seconds = 0.0  # that the last saving took
 
     @property
     def no_longer_improves(self) -> bool:
@@ -108,15 +113,17 @@ class RunRecord:
     def save_between_steps(self, *, stop: bool) -> bool:
         """Save last.pt in mid-epoch when it is due or a stop is asked for. True means stop."""
         whole_group = self.epoch_step % self.settings.accumulate == 0
-        due = stop or time.monotonic() - self.last_save > SAVE_SECONDS
+        due = stop or time.monotonic() - self.last_save > LONGEST_WAIT
         if not (due and whole_group) or self.epoch_step == self.steps:
             return False
         self._tell(self.statistics.flush(), step=self.global_step)
+        self._wait()
         self._save_last()
         return stop
 
     def end_epoch(self, *, stop: bool) -> None:
         """Measure, log and save what the finished epoch has reached."""
+        self._wait()
         self._tell(self.statistics.flush(), step=self.global_step)
         self.epoch, self.epoch_step = self.epoch + 1, 0
         last = self.epoch == self.settings.epochs
@@ -131,13 +138,18 @@ class RunRecord:
             self._keep_best(evaluation)
             self._warn_of_slow_start()
         self.statistics = EpochStatistics(self.guard)
-        if self.epoch % self.settings.save_period == 0 or last or stop or self.no_longer_improves:
+        if last or stop or self.no_longer_improves or self._save_is_due():
             self._save_last()
         if self.no_longer_improves and not last:
             self._say(
                 f"stopped early: no better AP50 in the {self.settings.patience} epochs since epoch "
                 f"{self.metrics['best_epoch']} (--patience)"
             )
+
+    def _wait(self) -> None:
+        """Until all is written that was saved before: no more than one epoch's is in memory."""
+        if self.log is not None:
+            self.log.behind.wait()
 
     def _evaluate(self) -> Evaluation:
         known = ("class_names", "anchors", "scale_xy", "input_shape")
@@ -161,16 +173,15 @@ class RunRecord:
         self.metrics = {**found, "best_AP50": best, "best_epoch": best_epoch}
         if self.log is None:
             return
-        self.log.evaluation(evaluation, self.metadata["conf_loss"], self.global_step)
-        image = detections_image(
-            self.val_samples,
-            evaluation.detections,
-            self.metadata["class_names"],
-            self.conf_threshold,
-        )
-        self.log.image("val_detections", image, self.global_step)
         if improved:
-            save_checkpoint(self.log.folder / "best.pt", self._checkpoint())
+            self.log.behind(save_checkpoint, self.log.folder / "best.pt", self._checkpoint())
+        self.log.behind(self._draw, self.log, evaluation, self.global_step)
+
+    def _draw(self, log: RunLog, evaluation: Evaluation, step: int) -> None:
+        log.evaluation(evaluation, self.metadata["conf_loss"], step)
+        names, threshold = self.metadata["class_names"], evaluation.conf_threshold
+        image = detections_image(self.val_samples, evaluation.detections, names, threshold)
+        log.image("val_detections", image, step)
 
     def _warn_of_slow_start(self) -> None:
         if self.log is not None and not self.warned:
@@ -197,6 +208,11 @@ class RunRecord:
             "metrics": self.metrics,
         }
 
+    def _save_is_due(self) -> bool:
+        period = self.settings.save_period
+        waited = time.monotonic() - self.last_save
+        return self.epoch % period == 0 if period else SAVE_SHARE * waited >= self.save_seconds
+
     def _save_last(self) -> None:
         self.last_save = time.monotonic()
         if self.log is None:
@@ -213,7 +229,11 @@ class RunRecord:
             "random": random_states(),
             "step": self.global_step,
         }
-        save_checkpoint(self.log.folder / "last.pt", self._checkpoint() | state)
+        self.log.behind(self._write_last, self.log.folder / "last.pt", self._checkpoint() | state)
+
+    def _write_last(self, path: Path, checkpoint: Mapping[str, Any]) -> None:
+        save_checkpoint(path, checkpoint)
+        self.save_seconds = time.monotonic() - self.last_save
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Go on where a last.pt was saved."""

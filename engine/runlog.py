@@ -26,7 +26,9 @@ from metrics.plots import plot_cumulative_loss, plot_losses, plot_map, plot_reli
 from metrics.scoring import EVAL_CONF_THRESHOLD, EVAL_NMS_IOU, JUDGED, Evaluation
 from utils.draw import draw_boxes, image_grid
 from utils.errors import UserError
+from utils.overlap import Behind
 
+WAITING = 8  # drawings and checkpoints of an epoch
 PLOT_SECONDS = 60  # between drawings of the curves, besides those after a validation
 COLUMNS = (
     *("epoch", "step", "lr", "loss", "loc", "conf", "cls"),
@@ -95,6 +97,7 @@ class RunLog:
         self.rows = read_metrics(folder / "metrics.csv", last_epoch)
         self._rewrite()
         self.tensorboard = SummaryWriter(str(folder), purge_step=None)
+        self.behind = Behind(limit=WAITING)  # what is drawn and saved while training goes on
 
     def _rewrite(self) -> None:
         with open(self.folder / "metrics.csv", "w", newline="", encoding="utf-8") as file:
@@ -114,10 +117,13 @@ class RunLog:
             self._scalar(f"{'val' if of_validation else 'train'}/{key}", value, row["step"])
         self.tensorboard.flush()
         if "val_ap50" in row or time.monotonic() - self._drawn > PLOT_SECONDS:
-            plot_losses(self.folder / "loss.png", self.rows)
-            plot_map(self.folder / "map.png", self.rows)
+            self.behind(self._draw_curves, [*self.rows])
             self._drawn = time.monotonic()
         return describe(row)
+
+    def _draw_curves(self, rows: Sequence[Mapping[str, str]]) -> None:
+        plot_losses(self.folder / "loss.png", rows)
+        plot_map(self.folder / "map.png", rows)
 
     def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> str:
         """A step's loss terms, input size if it changes, and cells by groups, to TensorBoard.
@@ -167,9 +173,12 @@ class RunLog:
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_error) -> None:
-        self.tensorboard.close()
-        self._lock.unlink(missing_ok=True)
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self.behind.__exit__(*error)
+        finally:
+            self.tensorboard.close()
+            self._lock.unlink(missing_ok=True)
 
 
 def lock(path: Path) -> None:

@@ -116,7 +116,7 @@ class TrainingSettings:
     num_workers: int = 0
     log_period: int = 10
     eval_period: int = 1
-    save_period: int = 1
+    save_period: int = 0
     seed: int = 0
 
     def __post_init__(self):

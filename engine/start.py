@@ -44,7 +44,7 @@ def check_config(config: Any, *, resumes: bool) -> None:
     if config.cache_dir and not config.cache:
         raise UserError("cache_dir is for what --cache cannot keep in memory: give --cache, too.")
     least = {"epochs": 0, "patience": 0, "batch_size": 1, "accumulate": 1, "freeze_batch_size": 1}
-    least |= {"log_period": 1, "eval_period": 1, "save_period": 1}
+    least |= {"log_period": 1, "eval_period": 1, "save_period": 0}
     least |= {"freeze_epochs": 0, "num_workers": 0, "seed": 0}
     for name, low in least.items():
         if getattr(config, name) < low:

@@ -1,5 +1,6 @@
 """Reading and writing beside the network: a thread before it and a thread behind it."""
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -27,29 +28,35 @@ def _take(iterator: Iterator[Item]) -> tuple[Item, ...]:
 
 
 class Behind:
-    """Calls made by a thread, in order, the next one waiting for the last. A context manager.
+    """Calls made by a thread, in order. A context manager, which ends when all are done.
 
-    An error of a call is raised by the call after it, or at the end of the block.
+    An error of a call is raised by a later call, or at the end of the block.
+
+    Args:
+        limit: Calls that may be under way or wait; one more waits until the first is done.
     """
 
-    def __enter__(self) -> "Behind":
+    def __init__(self, limit: int = 1):
+        self.limit = limit
         self._pool = ThreadPoolExecutor(1)
-        self._last: Future | None = None
+        self._calls: deque[Future] = deque()
+
+    def __enter__(self) -> "Behind":
         return self
 
     def __call__(self, work: Callable[..., object], *arguments: Any) -> None:
         """Have `work(*arguments)` done."""
-        self._wait()
-        self._last = self._pool.submit(work, *arguments)
+        self.wait(self.limit - 1)
+        self._calls.append(self._pool.submit(work, *arguments))
+
+    def wait(self, left: int = 0) -> None:
+        """Until so many calls are left."""
+        while self._calls and (len(self._calls) > left or self._calls[0].done()):
+            self._calls.popleft().result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self._wait()
+                self.wait()
         finally:
             self._pool.shutdown()
-
-    def _wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()

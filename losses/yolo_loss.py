@@ -46,7 +46,8 @@ class _PickCells(torch.autograd.Function):
     """Objectness of every cell, (B, K), and the candidates' cells, (3, N, A, 5 + C), as float32.
 
     By plain indexing the backward pass fills two zero maps per scale and adds them; here it fills
-    one.
+    one. In channels_last memory, as the trainer's maps are, a map is a list of cells, and
+    index_add_ needs no sorting on a GPU, as index_put_ does.
     """
 
     @staticmethod
@@ -55,19 +56,36 @@ class _PickCells(torch.autograd.Function):
         maps: (B, H, W, 3, 5 + C)."""
         ctx.save_for_backward(index, *maps)
         objectness = torch.cat([raw[..., 4].flatten(1) for raw in maps], dim=1)
-        cells = [raw.flatten(0, 3)[own] for own, raw in zip(index, maps, strict=True)]
-        return objectness.float(), torch.stack(cells).float()
+        picked = [
+            raw.flatten(0, 3)[own] if raw.is_contiguous() else raw[_place(own, raw.shape)]
+            for own, raw in zip(index, maps, strict=True)
+        ]
+        return objectness.float(), torch.stack(picked).float()
 
     @staticmethod
     def backward(ctx: Any, objectness: Tensor, picked: Tensor) -> tuple[Tensor | None, ...]:
         index, *maps = ctx.saved_tensors
         parts = objectness.split([raw[0, ..., 0].numel() for raw in maps], dim=1)
-        gradients = [raw.new_zeros(raw.shape) for raw in maps]
+        gradients = [torch.zeros_like(raw) for raw in maps]
         for gradient, part, own, cells in zip(gradients, parts, index, picked, strict=True):
             gradient[..., 4] = part.view(gradient.shape[:-1])
-            rows = cells.flatten(0, 1).to(gradient.dtype)
-            gradient.flatten(0, 3).index_add_(0, own.flatten(), rows)
+            cells = cells.to(gradient.dtype)
+            if gradient.is_contiguous():
+                gradient.flatten(0, 3).index_add_(0, own.flatten(), cells.flatten(0, 1))
+            else:
+                gradient.index_put_(_place(own, gradient.shape), cells, accumulate=True)
         return None, *gradients
+
+
+def _place(number: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Image, row, column and anchor of cells numbered in a map of (B, H, W, 3, 5 + C).
+
+    torch.unravel_index would copy the shape to a GPU.
+    """
+    _, height, width, anchors, _ = shape
+    column = number // anchors
+    row = column // width
+    return row // height, row % height, column % width, number % anchors
 
 
 class YOLOLoss(nn.Module):

@@ -1,9 +1,9 @@
-# `make train` and `make test` work on a fresh clone: each makes .venv when it is missing.
+# `make train`, `make test` and `make gpu` work on a fresh clone: each makes .venv when it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint gpu clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m tools.train_sample
@@ -15,6 +15,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.gpu_check
 
 $(VENV)/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,50 +1,39 @@
 import dataclasses
+import re
 import sys
+import time
 
 import pytest
 import torch
 import tyro
 
-from benchmarks import detect, loss, step
-from benchmarks.all import Config, number, run, table_lines
+from benchmarks import detect, gpu_check, loss, step
 from benchmarks.processes import flags_of, run_variant
-from benchmarks.rows import CPU_ROWS, CUDA_ROWS, Machine, network_flops
 from nets.yolo import YoloV4
 from utils.errors import UserError
 
-MACHINE = Machine(flops=1e11, copied_bytes=1e10, number_type="float32")
+
+def test_the_check_runs_small_on_a_cpu_and_goes_on_after_a_failure(tmp_path):
+    def broken(bench):
+        raise KeyError("nothing")
+
+    bench = gpu_check.Bench("cpu", tmp_path, time.monotonic() + 300, "")
+    assert gpu_check.judge(broken, bench).startswith("failed | KeyError: 'nothing'")
+    assert re.match(r"passed \| [\d.]+ ms, ratio", gpu_check.judge(gpu_check.loss, bench))
+    assert re.match(r"passed \| [\d.]+ of a plain step", gpu_check.judge(gpu_check.cells, bench))
+    assert gpu_check.judge(gpu_check.detection, bench).startswith("failed | evaluate.py --weights")
+    late = dataclasses.replace(bench, deadline=time.monotonic() - 1)
+    assert gpu_check.judge(gpu_check.loss, late) == "skipped | out of time"
 
 
-def test_a_row_runs_its_script_and_reads_ratio_limit_and_share():
-    row = CPU_ROWS[0]
-    output = run(row, Config(small=True))
-    (line,) = table_lines(row, output, MACHINE, with_limit=True)
-    _, what, script, aim, measured, limit, share, _ = (cell.strip() for cell in line.split("|"))
-    assert (what, script, aim) == (row.figures[0].what, "`benchmarks.loss`", "8 x")
-    assert f"ratio {float(measured):.2f}" in output
-    assert limit.endswith("ms")
-    assert "% of" in share
-
-
-def test_a_row_for_a_gpu_runs_small_without_one():
-    output = run(CUDA_ROWS[0], Config(device="cuda", small=True))
-    assert table_lines(CUDA_ROWS[0], output, MACHINE, with_limit=False)
-
-
-def test_a_script_that_fails_is_shown():
-    row = dataclasses.replace(CPU_ROWS[0], small="--rounds none")
-    with pytest.raises(UserError, match=r"(?s)benchmarks\.loss --rounds none failed.*rounds"):
-        run(row, Config(small=True))
-
-
-def test_an_output_without_the_figure_is_an_error():
-    assert number(r"took ([\d,]+) ms", "it took 1,234 ms") == 1234
-    with pytest.raises(UserError, match="no line like"):
-        number(r"took ([\d,]+) ms", "it took long")
+def test_a_check_that_takes_too_long_is_ended(tmp_path):
+    bench = gpu_check.Bench("cpu", tmp_path, time.monotonic() + 1, "")
+    with pytest.raises(gpu_check.CheckError, match="out of time: -c"):
+        bench.run("-c", "import time; time.sleep(60)")
 
 
 def test_the_work_of_the_network_is_darknets():
-    assert network_flops() / 1e9 == pytest.approx(59.6, abs=0.6)
+    assert step.work(step.Config(batch_size=1)) / 3e9 == pytest.approx(59.6, abs=0.6)
 
 
 def test_a_config_comes_through_its_flags():
@@ -84,7 +73,3 @@ def test_the_network_alone_gets_gradients_and_is_not_trained(monkeypatch):
     step.network_step(config, *step.make_batch(config))()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
     assert all(map(torch.equal, before, model.parameters()))
-
-
-def test_a_step_does_three_times_the_work_of_the_forward_pass():
-    assert step.work(step.Config(batch_size=4)) == pytest.approx(12 * network_flops())

@@ -202,10 +202,8 @@ def loss(bench: Bench) -> str:
 def steps(bench: Bench) -> str:
     found, texts = bench.part("steps"), []
     for batch in batches_of(bench.device):
-        own = [found[f"{name}_{batch}"] for name in ("ms", "share", "gb")]
-        texts.append(
-            "batch {}: {:.1f} ms, {:.0%} of the matrix rate, {:.1f} GB".format(batch, *own)
-        )
+        ms, share, gb = (found[f"{name}_{batch}"] for name in ("ms", "share", "gb"))
+        texts.append(f"batch {batch}: {ms:.1f} ms, {share:.0%} of the matrix rate, {gb:.1f} GB")
     return "; ".join(texts)
 
 
@@ -233,7 +231,16 @@ def memory(bench: Bench) -> str:
 def beside_original(bench: Bench) -> str:
     if not bench.original:
         return "skipped: --original is not given"
-    sizes = ("--loss_batch", 32, "--loss_boxes", 50, "--step_batch", 64, "--amp", "bf16")
+    sizes: tuple[object, ...] = (
+        "--loss_batch",
+        32,
+        "--loss_boxes",
+        50,
+        "--step_batch",
+        64,
+        "--amp",
+        "bf16",
+    )
     if bench.small:
         sizes = ("--loss_batch", 1, "--step_batch", 1, "--input_shape", 64, 64)
     path = ("--path", bench.original, "--device", bench.device, "--rounds", 1, "--rows", "loss")

@@ -1,10 +1,7 @@
-"""Ten minutes on a GPU: does everything work there, and how fast is it?
+"""Does everything work on this GPU, and how fast? `make gpu`, or python -m benchmarks.gpu_check.
 
-    make gpu        (or: python -m benchmarks.gpu_check [--original ../yolov4-pytorch])
-
-Checks that are likely to fail come first, and each goes on where another failed. The last lines are
-a table to paste. Without a GPU the same runs small on the CPU, to see that the checks themselves
-work; its figures mean nothing.
+Checks that are likely to fail come first; after a failure the others go on. The last lines are a
+table to paste. Without a GPU all runs small on the CPU, and its figures mean nothing.
 """
 
 import dataclasses
@@ -39,7 +36,6 @@ from tools.make_sample_voc import make_sample
 from utils.errors import UserError, run_script, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = sys.executable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +66,7 @@ class Bench:
 
     def run(self, *words: object, status: int = 0) -> str:
         """What a command prints. Raises CheckError for another exit status or out of time."""
-        command = [PYTHON, *map(str, words)]
+        command = [sys.executable, *map(str, words)]
         left = max(1.0, self.deadline - time.monotonic())
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
@@ -116,7 +112,7 @@ def main() -> None:
         for name, check in tqdm(chosen.items(), unit="check"):
             lines.append(f"| {name} | {judge(check, bench)} |")
             tqdm.write(lines[-1])
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU, small: figures mean nothing"
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "CPU, small"
     print(f"\n{gpu}, torch {torch.__version__}, {(time.monotonic() - start) / 60:.1f} minutes\n")
     print("\n".join(("| check | result | what was found |", "|---|---|---|", *lines)))
     if any("| failed |" in line for line in lines):
@@ -147,7 +143,7 @@ def tests(bench: Bench) -> str:
 def trainings(bench: Bench) -> str:
     """Multi-scale, ghm and cache; resumed on the CPU, and back in half precision."""
     own = ("--multi_scale", 0.4, "--conf_loss", "ghm", "--cache", "--epochs", 2)
-    bench.train("run", *own, "--batch_size", 8, "--device", bench.device)
+    bench.train("run", *own, "--device", bench.device)
     resume = ("train.py", "--resume", bench.folder / "run")
     bench.run(*resume, "--epochs", 3, "--device", "cpu", "--amp", "off")
     half = "off" if bench.small else "fp16"
@@ -165,8 +161,7 @@ def detection(bench: Bench) -> str:
 
 
 def deterministic(bench: Bench) -> str:
-    own = ("--deterministic", "--epochs", 1, "--batch_size", 8, "--device", bench.device)
-    states = []
+    own, states = ("--deterministic", "--epochs", 1, "--device", bench.device), []
     for name in ("one", "two"):
         bench.train(name, *own)
         states.append(torch.load(bench.folder / name / "last.pt", weights_only=True)["raw_model"])
@@ -269,8 +264,7 @@ def batches_of(device: str) -> tuple[int, int]:
 
 def make_step(device: str, batch: int) -> tuple[TrainStep, step_benchmark.Config, Any]:
     """A step as train.py makes it, of full size on a GPU, and a batch for it."""
-    torch.backends.cudnn.benchmark = True
-    gpu = device == "cuda"
+    gpu = torch.backends.cudnn.benchmark = device == "cuda"
     shape = (416, 416) if gpu else (64, 64)
     config = step_benchmark.Config(device=device, batch_size=batch, input_shape=shape)
     size = {} if gpu else {"width": 0.1, "depth": 0.1}

@@ -27,16 +27,24 @@ class VocDataset(Dataset[Item]):
     """Items (image, targets): uint8 (3, H, W) RGB and float32 (n, 5) of class_id, cx, cy, w, h.
 
     The four are fractions of the network input; class_id -1 is an ignore region (a difficult
-    object). train=False letterboxes. train=True augments: every item depends on (seed, epoch,
-    index) alone, so that worker count and resuming change nothing; the partners of a mosaic come
-    from the image's `EpochBlocks`. mixup_prob is the share of the mosaics that are mixed with one
-    more image. `cache` keeps decoded images in memory, up to `cache_gb` GiB, and those beyond
-    in a file in `cache_dir` where one is given. repeat_threshold: classes in a smaller share of the
-    images are oversampled (`repeat_factors`). For training cached images are shrunk to fit the
-    largest `scale` times the input.
+    object). Every item depends on (seed, epoch, index) alone, so that worker count and resuming
+    change nothing; the partners of a mosaic come from the image's `EpochBlocks`.
 
-    Raises UserError for a probability outside 0..1, a negative seed or a cache_dir that cannot be
-    written.
+    Args:
+        input_shape: (height, width) in pixels.
+        train: True augments, False letterboxes.
+        mosaic_prob: Share of the items that are mosaics of four images.
+        mixup_prob: Share of the mosaics that are mixed with one more image.
+        cache: Keep decoded images in memory, for training shrunk to the largest `scale` times the
+            input.
+        cache_gb: Limit of that memory in GiB.
+        cache_dir: Folder of a file for the images beyond it; default: they are decoded anew.
+        repeat_threshold: Classes in a smaller share of the images are oversampled
+            (`repeat_factors`).
+
+    Raises:
+        UserError: For a probability outside 0..1, a negative seed or a cache_dir that cannot be
+            written.
     """
 
     def __init__(

@@ -64,10 +64,16 @@ def read_image(path: str | PathLike, *, reduction: int = 1) -> np.ndarray:
     """Decode an image, turned upright by its EXIF orientation.
 
     Grey, palette and CMYK become RGB, 16 bits keep their upper 8, transparency is laid on white.
-    reduction: 1, or 2, 4 or 8 for an image with a pixel for each square of so many, of which the
-    last ones are filled up: a JPEG is decoded at that size, at about half the cost.
-    Returns (H, W, 3) uint8 RGB, contiguous. Raises UserError, with path and cause, for a file
-    that is missing, truncated or not an image.
+
+    Args:
+        reduction: 1, or 2, 4 or 8 for an image with a pixel for each square of so many, of which
+            the last ones are filled up: a JPEG is decoded at that size, at about half the cost.
+
+    Returns:
+        (H, W, 3) uint8 RGB, contiguous.
+
+    Raises:
+        UserError: With path and cause, for a file that is missing, truncated or not an image.
     """
     with _as_user_error(path):
         data = Path(path).read_bytes()

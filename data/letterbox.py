@@ -13,7 +13,8 @@ def letterbox_geometry(
 ) -> tuple[int, int, int, int]:
     """Where an image lands in the padded input: (top, left, height, width) in input pixels.
 
-    Raises ValueError if a size is not positive.
+    Raises:
+        ValueError: If a size is not positive.
     """
     if min(*image_hw, *input_hw) <= 0:
         raise ValueError(f"sizes must be positive, got image {image_hw}, input {input_hw}")
@@ -48,8 +49,14 @@ def letterbox_to_image(
 ) -> Tensor:
     """Map boxes from the padded input back to the original image. Inverse of the above.
 
-    boxes_xyxy: (N, 4), pixels of the input. Returns (N, 4), pixels of the image, clipped to it.
-    Raises ValueError if a size is not positive.
+    Args:
+        boxes_xyxy: (N, 4), pixels of the input.
+
+    Returns:
+        (N, 4), pixels of the image, clipped to it.
+
+    Raises:
+        ValueError: If a size is not positive.
     """
     top, left, height, width = letterbox_geometry(image_hw, input_hw)
     offset = boxes_xyxy.new_tensor([left, top, left, top])

@@ -58,7 +58,8 @@ def read_class_names(path: str | PathLike) -> tuple[str, ...]:
 def read_split(spec: str, class_names: Sequence[str]) -> list[Sample]:
     """The samples of "ROOT:SPLIT+ROOT:SPLIT", in the order of the split files.
 
-    Raises UserError for everything that `scan_split` does.
+    Raises:
+        UserError: As `scan_split`.
     """
     return scan_split(spec, class_names)[0]
 
@@ -75,12 +76,19 @@ def scan_split(
 ) -> tuple[list[Sample], SplitReport]:
     """Read and check all images and annotations of "ROOT:SPLIT+ROOT:SPLIT".
 
-    Boxes are repaired and counted (see `repair_boxes`). skip_bad: skip images that
-    cannot be used. include_difficult: no object counts as difficult. split_dir: where splits are
-    made for a read-only tree. classes_path: where class_names come from, for messages.
-    Raises UserError for an unusable root or split, for class names that are not among
-    class_names, and, all in one message, for missing, broken and (when a split has to be made)
-    unpaired files, unless skip_bad; also if no image is left.
+    Boxes are repaired and counted (see `repair_boxes`).
+
+    Args:
+        skip_bad: Skip images that cannot be used.
+        include_difficult: No object counts as difficult.
+        split_dir: Where splits are made for a read-only tree.
+        classes_path: Where class_names come from, for messages.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        UserError: For an unusable root or split, for class names that are not among class_names,
+            and, all in one message, for missing, broken and (when a split has to be made) unpaired
+            files, unless skip_bad; also if no image is left.
     """
     parts = _open_parts(spec, split_dir)
     jobs = [(tree, image_id) for tree, split in parts for image_id in split.ids]

@@ -60,7 +60,14 @@ def build_optimizer(
     """SGD with Nesterov momentum, Adam or AdamW (momentum is beta1), fused on every device.
 
     The fused forms take `found_inf`, a device scalar that skips a step without a sync.
-    Raises UserError for an unknown name.
+
+    Args:
+        name: sgd, adam or adamw.
+        momentum: Of SGD; beta1 of Adam and AdamW.
+        weight_decay: Of convolution weights; None is the optimizer's default.
+
+    Raises:
+        UserError: If the name is unknown.
     """
     check_optimizer(name)
     decay = OPTIMIZERS[name].weight_decay if weight_decay is None else weight_decay

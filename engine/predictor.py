@@ -30,8 +30,11 @@ Some = TypeVar("Some", bound=ImageLike)
 class Detections:
     """Objects of one image, by falling score.
 
-    boxes_xyxy: float32 (n, 4), pixels of the original image, clipped to it. scores: float32
-    (n,). class_ids: int64 (n,), indices into class_names, which holds all names.
+    Attributes:
+        boxes_xyxy: float32 (n, 4), pixels of the original image, clipped to it.
+        scores: float32 (n,).
+        class_ids: int64 (n,), indices into class_names.
+        class_names: All names.
     """
 
     boxes_xyxy: np.ndarray
@@ -46,16 +49,25 @@ class Detections:
 class Predictor:
     """A detector from a checkpoint: `Predictor("best.pt")("street.jpg").boxes_xyxy`.
 
-    device: "cpu", "cuda", "cuda:1"; None takes CUDA when it is there. conf_threshold: lowest score
-    kept; None takes the checkpoint's own, which had the best F1 in validation. class_thresholds:
-    take, instead, for each class the score at which that class had it. max_score: the highest
-    score that the last call saw, below the threshold or not; None before any image. stand_in:
-    the thresholds are the checkpoint's, but no evaluation has measured them. metadata: what a file
-    of another program does not say, such as darknet's or the original fork's. amp: auto (fp16 on
-    a GPU, else off), bf16, fp16 or off; of network weights and activations, boxes are float32.
     Evaluation, in training and afterwards, is always in float32: one mAP, whatever the device.
     On a CPU freed memory stays with the process from then on (utils/heap.py).
-    Raises UserError for weights, device, thresholds or amp that cannot be used.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1"; None takes CUDA when it is there.
+        conf_threshold: Lowest score kept; None takes the checkpoint's own, which had the best F1 in
+            validation.
+        nms_iou: Boxes of a class that overlap a better one by more are dropped.
+        class_thresholds: Take, instead, for each class the score at which that class had it.
+        metadata: What a file of another program does not say, such as darknet's.
+        amp: Of network weights and activations (boxes are float32): auto (fp16 on a GPU, else
+            off), bf16, fp16 or off.
+
+    Attributes:
+        max_score: Highest score that the last call saw, kept or not; None before any image.
+        stand_in: Whether the thresholds are the checkpoint's, but not measured by an evaluation.
+
+    Raises:
+        UserError: For weights, device, thresholds or amp that cannot be used.
     """
 
     def __init__(
@@ -101,10 +113,18 @@ class Predictor:
     def __call__(
         self, images: ImageLike | list[Some] | tuple[Some, ...], *, batch_size: int = 8
     ) -> Detections | list[Detections]:
-        """Detect in an image, or in a list of them, `batch_size` at a time.
+        """Detect in an image, or in a list of them.
 
-        An image is a path, an RGB uint8 array (H, W, 3), also (H, W) grey or (H, W, 4) with
-        alpha, or a PIL image. A list in gives a list out. Raises UserError for anything else.
+        Args:
+            images: A path, an RGB uint8 array (H, W, 3), also (H, W) grey or (H, W, 4) with alpha,
+                or a PIL image; or a list of such.
+            batch_size: Images that pass the network together.
+
+        Returns:
+            Detections; a list of them for a list.
+
+        Raises:
+            UserError: For anything else.
         """
         self.max_score = None
         if batch_size < 1:

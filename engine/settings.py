@@ -85,9 +85,9 @@ class Phase:
     frozen: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """Everything the trainer needs besides model, loss and data.
+    """Everything the trainer needs besides model, loss and data; the defaults are train.py's.
 
     Attributes:
         phases: Frozen and unfrozen epochs.
@@ -100,24 +100,24 @@ class TrainingSettings:
     """
 
     phases: tuple[Phase, ...]
-    width: float = 1.0
-    optimizer: str = "sgd"
-    lr: float | None = None
-    momentum: float = 0.937
-    weight_decay: float | None = None
-    schedule: str = "cosine"
-    patience: int = 0
-    accumulate: int = 1
-    clip_norm: float = 10.0
-    ema_decay: float = 0.9998
-    amp_dtype: torch.dtype | None = None
-    multi_scale: MultiScale | None = None
-    strong_share: float = 0.7
-    num_workers: int = 0
-    log_period: int = 10
-    eval_period: int = 1
-    save_period: int = 0
-    seed: int = 0
+    width: float
+    optimizer: str
+    lr: float | None
+    momentum: float
+    weight_decay: float | None
+    schedule: str
+    patience: int
+    accumulate: int
+    clip_norm: float
+    ema_decay: float
+    amp_dtype: torch.dtype | None
+    multi_scale: MultiScale | None
+    strong_share: float
+    num_workers: int
+    log_period: int
+    eval_period: int
+    save_period: int
+    seed: int
 
     def __post_init__(self):
         check_optimizer(self.optimizer)

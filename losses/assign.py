@@ -104,9 +104,13 @@ def place_candidates(
 ) -> Candidates:
     """The cells around each ground truth's centre, at the anchors that suit its shape.
 
-    targets: (N, 6) float32 image, class, cx, cy, w, h, fractions of the input. anchors: (9, 2)
-    pixels. grids: (rows, columns) of the three scales. threshold: of "iou_threshold" alone.
-    scale_xy: a cell around the centre's is a candidate only where the centre is in its reach.
+    Args:
+        targets: (N, 6) float32 image, class, cx, cy, w, h, fractions of the input.
+        anchors: (9, 2) pixels.
+        grids: (rows, columns) of the three scales.
+        assigner: One of ASSIGNERS.
+        threshold: Of "iou_threshold" alone.
+        scale_xy: A cell beside the centre's is a candidate only if it reaches the centre.
     """
     input_h, input_w = (STRIDES[0] * cells for cells in grids[0])
     sizes = torch.stack((targets[:, 4] * input_w, targets[:, 5] * input_h), dim=-1)
@@ -147,8 +151,10 @@ def choose_positives(
 ) -> Positives:
     """Which candidates are positive: all that are wanted, or with `quality` each truth's best.
 
-    class_ids: (N,). shape: images and cells of an image, (B, K). quality: alignment and IoU of
-    the predicted boxes, (3, N, A) each, of the "aligned" assigner.
+    Args:
+        class_ids: (N,).
+        shape: Images and cells of an image, (B, K).
+        quality: Alignment and IoU of the predicted boxes, (3, N, A) each, for "aligned".
     """
     total = shape[0] * shape[1]
     wanted, target = candidates.wanted, None
@@ -254,8 +260,13 @@ def overlaps_truth(
 ) -> Tensor:
     """Whether a predicted box has IoU > threshold with any ground truth of its own image.
 
-    corners: (4, B, K) x1, y1, x2, y2 of the predicted boxes, truths_xyxy: (N, 4), in one unit.
-    images: (N,) int64 image of each ground truth. Returns (B, K) bool.
+    Args:
+        corners: (4, B, K) x1, y1, x2, y2 of the predicted boxes.
+        truths_xyxy: (N, 4), in the same unit.
+        images: (N,) int64 image of each ground truth.
+
+    Returns:
+        (B, K) bool.
     """
     # IoU > t  <=>  (1 + t) intersection - t truth_area > t predicted_area: no division, and the
     # right side, being one for all ground truths of an image, is compared only once.

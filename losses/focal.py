@@ -59,12 +59,22 @@ def sigmoid_focal_loss(
     gamma: float = 2.0,
     reduction: str = "none",
 ) -> Tensor:
-    """alpha_t |y - p|^gamma BCE; gradients flow through the modulating factor too.
+    """alpha_t |y - p|^gamma BCE (Lin et al. 2017); gradients flow through the factor, too.
 
-    logits, targets: one shape, any. Targets are 0 for negatives and in (0, 1] for positives; for
-    0/1 targets it equals torchvision.ops.sigmoid_focal_loss. alpha -1 leaves alpha_t out.
-    Half-precision logits are computed, and returned, in float32. Returns losses of the same
-    shape, or a scalar (reduction "mean" or "sum"). Raises UserError for a bad argument.
+    For targets of 0 and 1 it equals torchvision.ops.sigmoid_focal_loss.
+
+    Args:
+        logits: Any shape. Half precision is computed, and returned, in float32.
+        targets: The same shape: 0 for negatives, in (0, 1] for positives.
+        alpha: Weight of positives; negatives have 1 - alpha. -1 leaves both out.
+        gamma: Focusing parameter; 0 is weighted BCE.
+        reduction: "none", "mean" or "sum".
+
+    Returns:
+        Losses of the same shape, or a scalar for "mean" and "sum".
+
+    Raises:
+        UserError: For an argument that is not allowed.
     """
     check_focal_arguments(alpha, gamma)
     _check_reduction(reduction)
@@ -79,8 +89,11 @@ def sigmoid_focal_loss(
 class SigmoidFocalClassificationLoss(nn.Module):
     """Focal loss over independent classes, each a sigmoid: for the head of any detector.
 
-    reduction: "none", "mean" (over all elements) or "sum", which the paper divides by the number
-    of positives.
+    Args:
+        gamma: Focusing parameter.
+        alpha: Weight of positives; -1 leaves it out.
+        reduction: "none", "mean" (over all elements) or "sum", which the paper divides by the
+            number of positives.
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float = 0.25, reduction: str = "mean"):
@@ -93,11 +106,15 @@ class SigmoidFocalClassificationLoss(nn.Module):
         return f"gamma={self.gamma}, alpha={self.alpha}, reduction={self.reduction!r}"
 
     def forward(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """logits: (..., C). targets: 0/1 of the same shape, or class indices (...,).
+        """The loss of logits against classes.
 
-        An index outside 0..C-1 is background: a negative for every class (torchvision's labels,
-        where 0 is background, are `labels - 1`). weights: (..., C), or (...,) for one a row; they
-        multiply the losses before the reduction, so a row to ignore has weight 0.
+        Args:
+            logits: (..., C).
+            targets: 0/1 of the same shape, or class indices (...,). An index outside 0..C-1 is
+                background: a negative for every class (torchvision's labels, where 0 is
+                background, are `labels - 1`).
+            weights: (..., C), or (...,) for one a row. They multiply the losses before the
+                reduction, so that a row to ignore has weight 0.
         """
         given = targets.shape
         if targets.shape == logits.shape[:-1]:

@@ -91,12 +91,18 @@ def _place(number: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
 class YOLOLoss(nn.Module):
     """The loss of YOLOv4's three raw maps, in float32; its defaults are the original fork's.
 
-    anchors: nine (w, h) in pixels, small to large. input_shape: (height, width); it only sets
-    the confidence factor 5 H W / 416^2. conf_loss, cls_loss: specs of
-    `build_conf_loss` and `build_cls_loss`;
-    focal_loss is shorthand for conf_loss="focal(alpha=..., gamma=...)". anchor_threshold: of the
-    "iou_threshold" assigner. balance: confidence weights at strides 8, 16, 32.
-    Raises UserError for a value that is not allowed.
+    Args:
+        anchors: Nine (w, h) in pixels, small to large.
+        input_shape: (height, width); it only sets the confidence factor 5 H W / 416^2.
+        focal_loss: Shorthand for conf_loss="focal(alpha=..., gamma=...)".
+        conf_loss, cls_loss: Specs of `build_conf_loss` and `build_cls_loss`.
+        label_smoothing: e of the class targets y (1 - e) + e / 2.
+        anchor_threshold: Of the "iou_threshold" assigner.
+        balance: Confidence weights at strides 8, 16, 32.
+        iou_target: A positive's objectness target is 1 - this + this times its IoU.
+
+    Raises:
+        UserError: For a value that is not allowed.
     """
 
     anchors: Tensor
@@ -155,13 +161,18 @@ class YOLOLoss(nn.Module):
     def forward(
         self, outputs: Sequence[Tensor], targets: Tensor, *, cells: bool = False
     ) -> dict[str, Any]:
-        """outputs: three (B, 3 * (5 + C), H/s, W/s) raw maps, targets: (N, 6), on one device.
+        """The loss of a batch. Under torch.distributed a collective call: denominators are sums.
 
-        Returns float32 scalars: total = loc + conf + cls, each weighted and summed over scales;
-        detached, for logs: positives and ignored (cells of this batch). `cells` adds "cells", the
-        ConfCells, where gradients are taken "groups", their `group_sums`, and for a confidence
-        loss with alpha="auto" "conf_alpha", as measured so far.
-        Under torch.distributed this is a collective call: the denominators are sums over ranks.
+        Args:
+            outputs: Three (B, 3 * (5 + C), H/s, W/s) raw maps, strides 8, 16, 32.
+            targets: (N, 6) image, class, cx, cy, w, h (fractions), on the same device.
+            cells: Also look at the confidence loss cell by cell.
+
+        Returns:
+            float32 scalars: total = loc + conf + cls, each weighted and summed over scales;
+            detached, for logs: positives and ignored (cells of this batch). `cells` adds "cells",
+            the ConfCells, where gradients are taken "groups", their `group_sums`, and for a
+            confidence loss with alpha="auto" "conf_alpha", as measured so far.
         """
         channels = 3 * (5 + self.num_classes)
         shapes = [tuple(raw.shape) for raw in outputs]

@@ -42,11 +42,18 @@ def evaluate(
 ) -> Evaluation:
     """Detect on all images and score the boxes.
 
-    With `loss`, a YOLOLoss, also its mean terms and its cells, from the same forward. Under
-    torchrun every rank calls this, takes its share and returns the same. The modes of model and
-    loss are as before afterwards. options: batch_size, num_workers and progress, as
-    `forward_batches` takes them. In float32 whatever the training's or the detection's precision:
-    one figure for a network, in training and afterwards. Raises UserError without images.
+    In float32 whatever the training's or the detection's precision: one mAP for a network, in
+    training and afterwards. Under torchrun every rank calls this, takes its share and returns the
+    same. The modes of model and loss are as before afterwards.
+
+    Args:
+        anchors: Nine (w, h) in pixels of the input.
+        input_shape: (height, width) in pixels.
+        loss: A YOLOLoss, whose mean terms and cells are added, from the same forward.
+        **options: batch_size, num_workers and progress, as `forward_batches` takes them.
+
+    Raises:
+        UserError: Without images.
     """
     started = time.perf_counter()
     detections: list[np.ndarray] = []

@@ -18,12 +18,21 @@ def non_max_suppression(
 ) -> list[Tensor]:
     """Keep the best of overlapping boxes of a class, one label a box.
 
-    decoded: (B, K, 5 + C) of `decode`: xyxy, objectness, class probabilities. Returns for each
-    image float32 (n, 6): xyxy, score, class, by falling score; of equal scores the earlier cell
-    comes first. score = objectness * best class probability, kept when >= conf_threshold; the
-    `max_candidates` best go on; a box is suppressed when its IoU with a better one of its class
-    is > nms_iou; at most `max_detections` are returned. Boxes that are not finite are dropped.
-    Raises UserError if torch and torchvision do not belong together.
+    The score is objectness times best class probability. Boxes that are not finite are dropped.
+
+    Args:
+        decoded: (B, K, 5 + C) of `decode`: xyxy, objectness, class probabilities.
+        conf_threshold: A box is kept when its score is this or more.
+        nms_iou: A box is suppressed when its IoU with a better one of its class exceeds this.
+        max_candidates: Best boxes of an image that go on to suppression.
+        max_detections: Best boxes of an image that are returned.
+
+    Returns:
+        For each image float32 (n, 6): xyxy, score, class, by falling score; of equal scores the
+        earlier cell comes first.
+
+    Raises:
+        UserError: If torch and torchvision do not belong together.
     """
     with torch.no_grad():
         return [

@@ -48,9 +48,16 @@ def grid_offsets(height: int, width: int, device: torch.device) -> Tensor:
 def decode_grid_boxes(
     raw: Tensor, offsets: Tensor, anchor_wh: Tensor, scale_xy: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Raw tx, ty, tw, th -> centre and size in the units of `offsets` and `anchor_wh`.
+    """Raw tx, ty, tw, th -> centre and size: x = i + s * sigmoid(tx) - (s - 1) / 2, w = exp(tw) a.
 
-    raw: (..., >=4). x = i + s * sigmoid(tx) - (s - 1) / 2, w = exp(tw) * anchor_w.
+    Args:
+        raw: (..., 4 or more).
+        offsets: (..., 2) column and row of the cell, i.
+        anchor_wh: (..., 2) width and height of the anchor, a, in cells.
+        scale_xy: Grid sensitivity s.
+
+    Returns:
+        (..., 2) centre and (..., 2) size, in cells.
     """
     # offsets last: the result keeps the memory order of `raw`, which the loss reads faster
     centre = raw[..., :2].sigmoid() * scale_xy - (scale_xy - 1) / 2 + offsets
@@ -64,10 +71,17 @@ def decode(
     input_shape: tuple[int, int],
     scale_xy: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Raw maps -> (B, K, 5 + C) float32: xyxy in input pixels, objectness, class probabilities.
+    """Boxes, objectness and class probabilities from the network's raw maps.
 
-    outputs: three (B, 3 * (5 + C), H/s, W/s) maps, strides 8, 16, 32. K runs over strides, then
-    row, column, anchor: darknet's order, a plain view of a channels_last map.
+    Args:
+        outputs: Three (B, 3 * (5 + C), H/s, W/s) maps, strides 8, 16, 32.
+        anchors: Nine (w, h) in pixels, small to large.
+        input_shape: (height, width) in pixels.
+        scale_xy: Grid sensitivity at strides 8, 16, 32.
+
+    Returns:
+        (B, K, 5 + C) float32: xyxy in input pixels, objectness, class probabilities. K runs over
+        strides, then row, column, anchor: darknet's order, a plain view of a channels_last map.
     """
     decoded = []
     for index, raw in enumerate(outputs):

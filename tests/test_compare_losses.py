@@ -58,6 +58,10 @@ class Deadly(nn.Module):
     def forward(self, logits, targets):
         self.calls += 1
         if str(self.calls) == os.environ.get("KILL_AT"):
+            deadline = time.monotonic() + 60  # epoch 1 is saved behind the training
+            last = os.path.join(sys.argv[sys.argv.index("--save_dir") + 1], "last.pt")
+            while not os.path.exists(last) and time.monotonic() < deadline:
+                time.sleep(0.1)
             os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         return self.scale * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.loader import to_input
 from engine.console import progress_text
 from engine.guard import NonFiniteGuard
-from engine.settings import INPUT_COLUMNS, MultiScale, Phase, TrainingSettings
+from engine.settings import INPUT_COLUMNS, MultiScale, Phase
 from engine.statistics import STATISTICS, EpochStatistics, StepStatistics
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
@@ -20,6 +20,7 @@ from tests.training import (
     rows_of,
     run_train,
     same_tensors,
+    training_settings,
     without_times,
 )
 from utils.errors import UserError
@@ -76,7 +77,7 @@ def test_a_share_that_changes_nothing_is_refused_with_one_that_does():
 
 
 def test_without_multi_scale_no_image_is_touched():
-    recipe = TrainingSettings(phases=(UNFROZEN,))
+    recipe = training_settings(phases=(UNFROZEN,))
     assert recipe.input_size(7) is recipe.largest_input is None
     assert recipe.input_columns(7) == {}
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
@@ -110,19 +111,19 @@ def test_shrinking_is_antialiased():
 
 def test_what_is_dry_rund_before_the_first_epoch():
     scale = MultiScale((128, 128), 0.5, 0)
-    both = TrainingSettings(phases=(FROZEN, UNFROZEN), multi_scale=scale)
+    both = training_settings(phases=(FROZEN, UNFROZEN), multi_scale=scale)
     assert both.largest_input == (192, 192)
     assert both.phases_to_dry_run(0, on_gpu=True) == [FROZEN, UNFROZEN]
     assert both.phases_to_dry_run(2, on_gpu=True) == [UNFROZEN]
     assert both.phases_to_dry_run(0, on_gpu=False) == [UNFROZEN]
     assert both.phases_to_dry_run(5, on_gpu=True) == []
-    alone = TrainingSettings(phases=(UNFROZEN,), multi_scale=scale)
+    alone = training_settings(phases=(UNFROZEN,), multi_scale=scale)
     assert alone.phases_to_dry_run(0, on_gpu=True) == [UNFROZEN]
     assert alone.phases_to_dry_run(0, on_gpu=False) == []
-    assert TrainingSettings(phases=(UNFROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
-    plain = TrainingSettings(phases=(FROZEN, UNFROZEN))
+    assert training_settings(phases=(UNFROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
+    plain = training_settings(phases=(FROZEN, UNFROZEN))
     assert plain.phases_to_dry_run(0, on_gpu=True) == [UNFROZEN]
-    assert TrainingSettings(phases=(FROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
+    assert training_settings(phases=(FROZEN,)).phases_to_dry_run(0, on_gpu=True) == []
 
 
 def test_the_bar_says_the_size_where_it_changes():
@@ -190,7 +191,7 @@ def make_trainer(device, phases, optimizer="adam"):
     torch.manual_seed(0)
     model = YoloV4(2, width=0.02, depth=0.1).to(device, memory_format=torch.channels_last)
     metadata = {"conf_loss": "ghm", "input_shape": [64, 96]}
-    recipe = TrainingSettings(
+    recipe = training_settings(
         phases=phases, optimizer=optimizer, multi_scale=MultiScale((64, 96), 0.5, 0)
     )
     return Trainer(

@@ -63,3 +63,21 @@ def test_an_error_of_the_block_itself_is_the_one_that_is_raised():
     with pytest.raises(ZeroDivisionError), Behind() as behind:  # noqa: PT012
         behind(int, "no number")
         raise ZeroDivisionError
+
+
+def test_as_many_calls_as_the_limit_wait_and_the_next_one_is_waited_for():
+    gate, done = threading.Event(), []
+
+    def slow(number):
+        gate.wait(timeout=30)
+        done.append(number)
+
+    with Behind(limit=3) as behind:
+        for number in range(3):
+            behind(slow, number)
+        assert done == []
+        threading.Timer(0.1, gate.set).start()
+        behind(slow, 3)
+        assert done[0] == 0
+        behind.wait()
+        assert done == [0, 1, 2, 3]

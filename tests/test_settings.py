@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from engine.settings import Phase, TrainingSettings, amp_dtype, epochs_for, plan_phases
+from engine.settings import Phase, amp_dtype, epochs_for, plan_phases
+from tests.training import training_settings
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def test_frozen_epochs_count_among_all_and_have_their_own_batch():
 
 
 def test_the_learning_rate_is_rescaled_at_the_change_of_batch():
-    settings = TrainingSettings(phases=plan(300, 50), accumulate=4)
+    settings = training_settings(phases=plan(300, 50), accumulate=4)
     assert settings.rates(settings.phases[0])[0] == pytest.approx(1e-2 * 32 / 64)
     assert settings.rates(settings.phases[1])[0] == pytest.approx(1e-2 * 16 / 64)
     assert settings.epochs == 300
@@ -47,7 +48,7 @@ def test_small_sets_get_300_epochs_and_large_ones_fewer():
 )
 def test_impossible_values_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
-        TrainingSettings(phases=plan(3, 0), **wrong)
+        training_settings(phases=plan(3, 0), **wrong)
 
 
 def test_autocast_is_off_on_the_cpu_unless_asked_for():

@@ -3,11 +3,12 @@ import torch
 from data.augment import Augmentation
 from data.dataset import VocDataset
 from data.voc import read_class_names, read_split
-from engine.settings import Phase, TrainingSettings
+from engine.settings import Phase
 from engine.trainer import Trainer
 from losses.yolo_loss import YOLOLoss
 from nets.decode import read_anchors
 from nets.yolo import YoloV4
+from tests.training import training_settings
 from tools.make_sample_voc import make_sample
 
 INPUT_SHAPE = (128, 128)
@@ -37,7 +38,7 @@ def test_eight_images_are_overfitted(tmp_path):
             eight * 10, INPUT_SHAPE, train=True, mosaic_prob=0, augmentation=NONE, cache=True
         ),
         val_samples=eight,
-        settings=TrainingSettings(
+        settings=training_settings(
             phases=(Phase(14, 4, frozen=False),),
             optimizer="adamw",
             lr=0.2,

@@ -1,12 +1,15 @@
 """What the tests of train.py share: a run that takes a second, and ways to look at it."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+from train import Config, make_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 STATEFUL = {"conf_loss": "ghm", "log_period": 1}  # a loss with a memory, all steps looked at
@@ -35,6 +38,13 @@ def flags(voc, save_dir=None, **more):
     for key, value in values.items():
         found += [f"--{key}", *map(str, value if isinstance(value, tuple) else (value,))]
     return found
+
+
+def training_settings(phases, **changes):
+    """train.py's constants for these phases: with SGD, without workers, each epoch evaluated."""
+    plain = make_settings(Config(epochs=1), torch.device("cpu"))
+    quick = {"optimizer": "sgd", "num_workers": 0, "eval_period": 1}
+    return dataclasses.replace(plain, phases=phases, **{**quick, **changes})
 
 
 def run_train(*arguments, cwd=ROOT, **environment):

@@ -177,8 +177,12 @@ def save_darknet_weights(
 ) -> None:
     """Write the whole network as a darknet .weights file, in one go.
 
-    version, seen: its header; `seen` counts images, from which darknet derives where a training
-    stands. Raises UserError for a header that cannot be, or if the file cannot be written.
+    Args:
+        version: Of the header.
+        seen: Images that the header counts; darknet derives from it where a training stands.
+
+    Raises:
+        UserError: For a header that cannot be, or if the file cannot be written.
     """
     write_darknet_tensors(model.state_dict(), list(layout_of(model)), path, Header(version, seen))
 

@@ -59,16 +59,20 @@ def load_weights(
 ) -> LoadReport:
     """Load every tensor of the file that fits the model, and report what was not loaded and why.
 
-    The file is a checkpoint or state_dict of this network, a .pth of the original fork (whole or
-    its backbone), or a darknet .weights file (whole, yolov4.conv.137, or the backbone); its
-    content decides, not its name. class_names: of the model's outputs. file_class_names: of a
-    file that does not hold them itself.
-
     The backbone loads in full or not at all. Where the classes of both sides are known, the
     outputs of those that both have are carried over, by name; otherwise the outputs load if the
-    counts are equal. Raises UserError, with the model unchanged, when the file is missing,
-    damaged, not a weights file, from a newer version of this project, or its backbone does not
-    fit.
+    counts are equal.
+
+    Args:
+        path: A checkpoint or state_dict of this network, a .pth of the original fork (whole or its
+            backbone), or a darknet .weights file (whole, yolov4.conv.137, or the backbone); its
+            content decides, not its name.
+        class_names: Of the model's outputs.
+        file_class_names: Of a file that does not hold them itself.
+
+    Raises:
+        UserError: With the model unchanged, when the file is missing, damaged, not a weights file,
+            from a newer version of this project, or its backbone does not fit.
     """
     weights = read_weights(path, model, class_names=file_class_names)
     report = match(model.state_dict(), weights, class_names)

@@ -41,10 +41,14 @@ def conf_loss_spec(conf_loss: str, focal_loss: bool, focal_alpha: float, focal_g
 def build_conf_loss(spec: str) -> nn.Module:
     """Build "name", "name(key=value, ...)" or "module:Class(key=value, ...)".
 
-    Values are Python literals and are never evaluated. The keys are the constructor's, and
-    SETTING_KEYS for what the class declares. `module:Class` is a user's own nn.Module,
-    searched in the working directory first: importing it runs its file, so pass on only what was
-    typed for this run. Raises UserError, saying what is allowed, for anything else.
+    Args:
+        spec: Values are Python literals and are never evaluated. The keys are the constructor's,
+            and SETTING_KEYS for what the class declares. `module:Class` is a user's own nn.Module,
+            searched in the working directory first: importing it runs its file, so pass on only
+            what was typed for this run.
+
+    Raises:
+        UserError: For anything else; it says what is allowed.
     """
     match = SPEC.fullmatch(spec)
     if match is None:

@@ -30,10 +30,14 @@ def save_checkpoint(path: str | Path, checkpoint: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: str | Path, *, for_resume: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of ours on the CPU, with `weights_only=True`.
+    """Read a checkpoint of this trainer on the CPU, with `weights_only=True`.
 
-    Raises UserError if the file is missing, damaged, no checkpoint of ours, written by a newer
-    version, or, with `for_resume`, lacks the training state that only last.pt holds.
+    Args:
+        for_resume: Also require the training state, which only last.pt holds.
+
+    Raises:
+        UserError: If the file is missing, damaged, not such a checkpoint, from a newer version, or
+            lacks the training state although `for_resume` is set.
     """
     checkpoint = read_torch_file(path, mmap=False)  # Windows cannot replace a mapped last.pt
     if not isinstance(checkpoint, dict) or "format_version" not in checkpoint:
@@ -52,9 +56,10 @@ def build_model(
     device: torch.device | str,
     dtype: torch.dtype = torch.float32,
 ) -> YoloV4:
-    """The checkpoint's network, to detect with: BN folded, in eval mode on `device`, of `dtype`.
+    """Build the checkpoint's network for detection, on `device` in `dtype`: BN folded, eval mode.
 
-    Raises UserError if the weights do not fit the network, or the dtype's range.
+    Raises:
+        UserError: If the weights do not fit the network, or exceed the range of `dtype`.
     """
     with torch.device("meta"):  # no random weights, which would only be replaced
         model = YoloV4(

@@ -1,4 +1,4 @@
-"""Outputs of classes that two networks share by name, carried from one to the other."""
+"""Copy the outputs of classes that two networks share, matched by name."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,14 @@ from utils.errors import summarise
 def shared_rows(
     in_file: Sequence[str] | None, wanted: Sequence[str] | None
 ) -> list[tuple[int, int]] | None:
-    """(class id here, class id in the file) of the classes that both have, by name.
+    """Class ids of the classes that model and file share, matched by name.
 
-    None: load the outputs as they are, for the classes are the same, or not known on both sides.
+    Args:
+        in_file, wanted: Class names of the file and of the model; None if not known.
+
+    Returns:
+        Pairs (id in the model, id in the file). None: load the outputs as they are, because the
+        classes are the same or not known on both sides.
     """
     if in_file is None or wanted is None or list(in_file) == list(wanted):
         return None
@@ -22,7 +27,7 @@ def shared_rows(
 
 
 def describe_rows(rows: Sequence[tuple[int, int]], wanted: Sequence[str]) -> str:
-    """Which classes' outputs were carried over."""
+    """Text on which classes' outputs were carried over and which classes are new."""
     carried = {here for here, _ in rows}
     new = [name for index, name in enumerate(wanted) if index not in carried]
     names = summarise([wanted[here] for here in sorted(carried)])
@@ -31,9 +36,15 @@ def describe_rows(rows: Sequence[tuple[int, int]], wanted: Sequence[str]) -> str
 
 
 def carry_rows(own: Tensor, theirs: Tensor, rows: Sequence[tuple[int, int]]) -> Tensor:
-    """The model's output tensor with the file's boxes, objectness and shared classes in it.
+    """Copy the file's boxes, objectness and shared classes into the model's output tensor.
 
-    own: (3 * (5 + C), ...), theirs the same for another C. rows: of `shared_rows`.
+    Args:
+        own: (3 * (5 + C), ...), the model's.
+        theirs: The file's, the same for another C.
+        rows: As `shared_rows` returns them.
+
+    Returns:
+        A merged copy of `own` on the CPU.
     """
     merged = own.detach().cpu().clone()
     ours = merged.view(ANCHORS_PER_SCALE, -1, *own.shape[1:])

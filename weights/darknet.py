@@ -1,8 +1,8 @@
-"""Darknet's .weights files, read and written.
+"""Read and write darknet's .weights files.
 
-Such a file is a header and then float32 numbers, convolution by convolution in darknet's order,
-which is this network's own: with BN beta, gamma, mean, variance, weights; without BN biases,
-weights. It holds no shapes: only its length shows which layers it contains.
+Such a file is a header followed by float32 numbers, convolution by convolution, in darknet's
+order, which is also this network's: beta, gamma, mean, variance and weights with BN, biases and
+weights without. It holds no shapes: only its length shows which layers it contains.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from utils.files import replacing
 DARKNET_SCALE_XY = (1.2, 1.1, 1.05)
 FLOAT32 = np.dtype("<f4")
 VERSION = struct.Struct("<3i")
-HIGHEST_NUMBER = 999  # of a version; darknet marks transposed files, which nobody has, from 1000
+HIGHEST_NUMBER = 999  # of a version; from 1000 on darknet marks transposed files, which nobody has
 BN_PARTS = ("bn.bias", "bn.weight", "bn.running_mean", "bn.running_var", "conv.weight")
 CUTS = {"137": "top_down_p3", "backbone": "backbone"}  # part of the network -> its last module
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """Header of a .weights file. seen: number of images it was trained on."""
+    """Header of a .weights file; `seen` is the number of images that it was trained on."""
 
     version: tuple[int, int, int] = (0, 2, 5)
     seen: int = 0
@@ -45,7 +45,7 @@ class Header:
         return VERSION.size + self.seen_format.size
 
     def to_bytes(self) -> bytes:
-        """Raises UserError for a version that no darknet has, or a count that does not fit."""
+        """Encode; raise UserError for an impossible version or a count that does not fit."""
         try:
             if is_version(self.version):
                 return VERSION.pack(*self.version) + self.seen_format.pack(self.seen)
@@ -63,16 +63,22 @@ def is_version(numbers: tuple[int, ...]) -> bool:
 
 
 def is_darknet(start: bytes) -> bool:
-    """Whether a file that begins so can be a .weights file: three small version numbers."""
+    """Whether a file with this start can be a .weights file: three small version numbers."""
     return len(start) >= VERSION.size and is_version(VERSION.unpack_from(start))
 
 
 def read_darknet_weights(path: str | Path, network: YoloV4) -> tuple[Header, dict[str, Tensor]]:
-    """The header and the tensors under this project's names; `network` gives their shapes.
+    """Read the header and the tensors, under this project's names.
 
-    The file holds the whole network, for any number of classes, or ends after layer 136
-    (yolov4.conv.137) or after the backbone. The tensors are views of the file mapped into memory:
-    nothing is read until it is used. Raises UserError for any other length.
+    The tensors are views of the file mapped into memory: nothing is read until it is used.
+
+    Args:
+        path: Holds the whole network, for any number of classes, or ends after layer 136
+            (yolov4.conv.137) or after the backbone.
+        network: Gives the shapes.
+
+    Raises:
+        UserError: If the header is incomplete, or the file has any other length.
     """
     header = read_header(path)
     body_bytes = os.path.getsize(path) - header.size
@@ -87,7 +93,7 @@ def read_darknet_weights(path: str | Path, network: YoloV4) -> tuple[Header, dic
 
 
 def read_header(path: str | Path) -> Header:
-    """Raises UserError if the file does not begin with a whole header."""
+    """Read the header; raise UserError if the file does not begin with a whole one."""
     with open(path, "rb") as file:
         start = file.read(VERSION.size + 8)
     header = Header(VERSION.unpack_from(start)) if is_darknet(start) else None
@@ -97,9 +103,10 @@ def read_header(path: str | Path) -> Header:
 
 
 def layout_of(network: nn.Module) -> dict[str, torch.Size]:
-    """Names and shapes of the tensors of the network's .weights file, in their order.
+    """Names and shapes of the tensors in the network's .weights file, in their order.
 
-    Raises UserError for a network whose BN is folded: the file has a place for BN.
+    Raises:
+        UserError: If the network's BN is folded: the file has a place for BN.
     """
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     names = []
@@ -117,7 +124,7 @@ def layout_of(network: nn.Module) -> dict[str, torch.Size]:
 
 
 def layout_of_cut(network: YoloV4, part: str) -> dict[str, torch.Size]:
-    """The layout of a file of a part of the network: one of CUTS."""
+    """The layout of a file that holds a part of the network, one of CUTS."""
     modules = [name for name, _ in network.named_children()]
     kept = modules[: modules.index(CUTS[part]) + 1]
     layout = layout_of(network).items()
@@ -135,7 +142,7 @@ def layout_of_classes(network: YoloV4, num_classes: int) -> dict[str, torch.Size
 
 
 def layout_of_size(body_bytes: int, network: YoloV4) -> dict[str, torch.Size] | None:
-    """The layout of a file with so many bytes after its header; None if none has."""
+    """The layout of a file with `body_bytes` after its header; None if no layout fits."""
     for part in CUTS:
         layout = layout_of_cut(network, part)
         if size_of(layout) == body_bytes:
@@ -146,12 +153,12 @@ def layout_of_size(body_bytes: int, network: YoloV4) -> dict[str, torch.Size] | 
 
 
 def size_of(layout: Mapping[str, torch.Size]) -> int:
-    """Bytes of a file without its header."""
+    """Bytes of a file of this layout, without its header."""
     return FLOAT32.itemsize * sum(shape.numel() for shape in layout.values())
 
 
 def describe_mismatch(header: Header, body_bytes: int, network: YoloV4) -> str:
-    """What a file of an unknown length is, and which lengths are known."""
+    """Describe a file of unknown length, and list the known lengths."""
     cut, backbone = (size_of(layout_of_cut(network, part)) for part in CUTS)
     without, with_one = (size_of(layout_of_classes(network, n)) for n in (0, 1))
     scaling = f"width {network.width}, depth {network.depth}"
@@ -190,7 +197,7 @@ def save_darknet_weights(
 def write_darknet_tensors(
     tensors: Mapping[str, Tensor], names: list[str], path: str | Path, header: Header
 ) -> None:
-    """Write the named tensors, which must follow darknet's order."""
+    """Write the named tensors; the names must follow darknet's order."""
     start = header.to_bytes()
     with replacing(path) as file:
         file.write(start)

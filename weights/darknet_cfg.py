@@ -1,4 +1,4 @@
-"""Darknet's .cfg: the network's structure as darknet and OpenCV read it, written and read back."""
+"""Write and read darknet's .cfg: the network's structure for darknet and OpenCV."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from nets.neck import BottomUp, SpatialPyramidPooling, TopDown
 from nets.yolo import ANCHORS_PER_SCALE, Head, YoloV4
 from utils.errors import UserError
 
-# What changes a layer's result, with darknet's defaults. Padding follows from the size.
+# Options that change a layer's result, with darknet's defaults. Padding follows from the size.
 STRUCTURE = {
     "filters": "1",
     "size": "1",
@@ -61,7 +61,9 @@ scales=.1,.1
 class Cfg:
     """What a .cfg stores and a .weights file does not.
 
-    input_shape: (height, width). anchors: nine (w, h) in pixels of the input.
+    Attributes:
+        anchors: Nine (w, h) in pixels of the network input.
+        input_shape: (height, width) in pixels.
     """
 
     num_classes: int
@@ -76,8 +78,8 @@ Section = tuple[str, dict[str, str]]
 def write_cfg(network: YoloV4, cfg: Cfg) -> str:
     """The text of a .cfg for this network: its structure, and settings for training in darknet.
 
-    These are YOLOv4's, with the number of batches that darknet's manual advises for own data:
-    2000 a class and at least 6000, the learning rate falling at 80% and 90% of them.
+    The settings are YOLOv4's, with the number of batches that darknet's manual advises for custom
+    data: 2000 per class and at least 6000. The learning rate falls at 80% and 90% of them.
     """
     height, width = cfg.input_shape
     batches = max(6000, 2000 * cfg.num_classes)
@@ -135,12 +137,12 @@ class Layers:
         return self.last
 
     def route(self, *layers: int) -> int:
-        """Go on from the concatenation of these layers, given by index."""
+        """Continue from the concatenation of these layers, given by index."""
         here = len(self.sections)
         return self.add("route", layers=",".join(str(layer - here) for layer in layers))
 
     def stage(self, stage: nn.Module) -> int:
-        assert isinstance(stage, CspStage)  # a ModuleList does not say so
+        assert isinstance(stage, CspStage)  # for the type: a ModuleList yields nn.Module
         down = self.conv(stage.down)
         short = self.conv(stage.short)
         self.route(down)
@@ -204,7 +206,8 @@ class Layers:
 def read_cfg(path: str | Path, *, width: float = 1.0, depth: float = 1.0) -> Cfg:
     """Read classes, anchors, input size and grid sensitivity of a .cfg.
 
-    Raises UserError if the file cannot be read, or is not of a YOLOv4 of this width and depth.
+    Raises:
+        UserError: If the file cannot be read, or is not of a YOLOv4 of this width and depth.
     """
     try:
         sections = parse_sections(Path(path).read_text(encoding="utf-8-sig"))
@@ -229,7 +232,7 @@ def read_cfg(path: str | Path, *, width: float = 1.0, depth: float = 1.0) -> Cfg
 
 
 def parse_sections(text: str) -> list[Section]:
-    """[kind] and key=value lines; comments and blank lines do not count."""
+    """Parse [kind] and key=value lines; comments and blank lines are skipped."""
     sections: list[Section] = []
     for number, line in enumerate(text.splitlines(), start=1):
         line = line.split("#")[0].strip()
@@ -246,7 +249,11 @@ def parse_sections(text: str) -> list[Section]:
 
 
 def extract(sections: Sequence[Section]) -> Cfg:
-    """Raises KeyError, ValueError or IndexError where something is missing or no number."""
+    """Take classes, anchors, input size and grid sensitivity from parsed sections.
+
+    Raises:
+        KeyError, ValueError, IndexError: If something is missing or not a valid number.
+    """
     yolos = [options for kind, options in sections if kind == "yolo"]
     masks = [options["mask"] for options in yolos]
     if masks != ["0,1,2", "3,4,5", "6,7,8"]:
@@ -268,7 +275,7 @@ def extract(sections: Sequence[Section]) -> Cfg:
 
 
 def first_difference(found: Sequence[Section], expected: Sequence[Section]) -> str | None:
-    """Where two lists of layers first differ in what they compute; None if nowhere."""
+    """Where two lists of layers first differ in what they compute; None if they do not."""
     for index, pair in enumerate(zip(found, expected, strict=False)):
         layer, wanted = (describe_layer(index, *section) for section in pair)
         if layer != wanted:
@@ -279,11 +286,11 @@ def first_difference(found: Sequence[Section], expected: Sequence[Section]) -> s
 
 
 def describe_layer(index: int, kind: str, options: dict[str, str]) -> str:
-    """What a layer computes, in one form: routes by absolute index, defaults left out."""
+    """What a layer computes, in one form: routes by absolute index, without defaults."""
     parts = [kind]
     for key, default in STRUCTURE.items():
         value = options.get(key, default)
-        with suppress(ValueError):  # no numbers: shown as they are
+        with suppress(ValueError):  # not numbers: shown as they are
             if key == "layers":
                 layers = [int(layer) for layer in value.split(",")]
                 value = ",".join(str(n if n >= 0 else index + n) for n in layers)

@@ -1,4 +1,4 @@
-"""Weights of other programs, completed by flags to what a checkpoint holds."""
+"""Weights of other programs, completed to a checkpoint by flags."""
 
 import dataclasses
 import math
@@ -71,16 +71,20 @@ MetadataFlags = Annotated[FileMetadata, tyro.conf.arg(name="")]
 
 
 def read_network(path: str | Path, metadata: FileMetadata) -> dict[str, Any]:
-    """A checkpoint of ours, or another program's weights as one; for evaluation and detection.
+    """Read a checkpoint, or another program's weights as one, for evaluation and detection.
 
-    Raises UserError if the file cannot be used, if metadata are missing, or if they are given for a
-    checkpoint, which stores them.
+    Args:
+        metadata: What the weights of other programs lack.
+
+    Raises:
+        UserError: If the file cannot be used, if metadata is missing, or if metadata is given for a
+            checkpoint, which stores it.
     """
     return read_own(path, metadata) or as_checkpoint(path, metadata)
 
 
 def read_own(path: str | Path, metadata: FileMetadata) -> dict[str, Any] | None:
-    """A checkpoint of ours; None for a file of another kind. Raises as `read_network`."""
+    """Read a checkpoint of this trainer; None for other files. Raises as `read_network`."""
     if is_darknet(read_start(path)):
         return None
     content = read_torch_file(path)
@@ -98,7 +102,7 @@ def read_own(path: str | Path, metadata: FileMetadata) -> dict[str, Any] | None:
 
 
 def as_checkpoint(path: str | Path, metadata: FileMetadata) -> dict[str, Any]:
-    """Another program's whole network in the form of a checkpoint. Raises as `read_network`."""
+    """Read another program's whole network as a checkpoint. Raises as `read_network`."""
     scaling = metadata.scaling()
     weights = read_weights(path, structure(1, **scaling))
     if weights.num_classes is None:
@@ -133,7 +137,9 @@ def known_metadata(weights: WeightsFile, metadata: FileMetadata) -> dict[str, An
     """anchors, input_shape and scale_xy from the metadata and the file; None where unknown.
 
     A flag overrides the .cfg, and the .cfg overrides the default of the file format.
-    Raises UserError for values that cannot be, and for a .cfg of other weights.
+
+    Raises:
+        UserError: For impossible values, and for a .cfg of other weights.
     """
     known: dict[str, Any] = {"anchors": None, "input_shape": None, "scale_xy": weights.scale_xy}
     if metadata.cfg:
@@ -156,7 +162,7 @@ def known_metadata(weights: WeightsFile, metadata: FileMetadata) -> dict[str, An
 
 
 def check_scale_xy(scale_xy: Sequence[float]) -> None:
-    """Raises UserError for a grid sensitivity that is not positive."""
+    """Raise UserError for a grid sensitivity that is not positive and finite."""
     if not all(0 < value < math.inf for value in scale_xy):
         raise UserError(
             f"scale_xy {' '.join(map(str, scale_xy))}: give three numbers above 0, such as 1.2 1.1 "
@@ -169,8 +175,11 @@ def complete(
 ) -> dict[str, list[Any]]:
     """anchors, input_shape and scale_xy, all known.
 
-    classes: require class names too. Raises UserError as `known_metadata`, and one that lists all
-    missing flags.
+    Args:
+        classes: Also require class names.
+
+    Raises:
+        UserError: As `known_metadata`, and with a list of all missing flags.
     """
     known = known_metadata(weights, metadata)
     missing = [flag for name, flag in WANTED.items() if name in known and not known[name]]
@@ -185,7 +194,7 @@ def complete(
 
 
 def fitting_tensors(weights: WeightsFile, network: YoloV4) -> dict[str, Tensor]:
-    """All tensors of the network. Raises UserError if the file lacks one or one does not fit."""
+    """All tensors of the network; raise UserError if one is missing, unfit or not finite."""
     expected = network.state_dict()
     report = match(expected, weights, weights.class_names)
     check_backbone(report)

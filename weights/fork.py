@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 FORK_SCALE_XY = (1.0, 1.0, 1.0)
-BACKBONE = "backbone."  # the prefix that a file of the backbone alone goes without
+BACKBONE = "backbone."  # name prefix, absent in a file of the backbone alone
 MODULES = {
     "backbone.stem": "backbone.conv1",
     "spp.before": "conv1",
@@ -35,7 +35,7 @@ RESIDUAL_MODULES = {"reduce": "block.0", "expand": "block.1"}
 
 
 def fork_names(names: Iterable[str]) -> dict[str, str]:
-    """This project's tensor names, all those of a network, with the fork's, in the given order."""
+    """Map a network's tensor names, all of them, to the fork's, in the given order."""
     names = list(names)
     residuals = [name.split(".")[:5] for name in names if ".residuals." in name]
     blocks = {stage: int(index) + 1 for _, _, stage, _, index in residuals}  # the last one counts
@@ -43,7 +43,7 @@ def fork_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def fork_name(name: str, blocks: dict[str, int]) -> str:
-    """The fork's name of a tensor. blocks: how many residuals each stage has."""
+    """The fork's name of a tensor; `blocks` maps a stage's index to its number of residuals."""
     if name.startswith("backbone.stages."):
         _, _, stage, module, rest = name.split(".", 4)
         if module == "residuals":

@@ -1,4 +1,4 @@
-"""Load weights from a file of any kind into a network: what fits, and a report of the rest."""
+"""Load the weights that fit from a file of any kind, and report the rest."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -21,11 +21,13 @@ COUNTER = "num_batches_tracked"  # of BN; nothing here reads it, and darknet's f
 class LoadReport:
     """What `load_weights` did.
 
-    loaded: names of tensors that were loaded in full. partly, skipped: the other tensors, with
-    what was loaded of them, or why nothing was. heads_loaded: the heads know objectness already;
-    False: the output convolutions keep the weights that they had. by_position: they were
-    loaded though the file does not name its classes. scale_xy, anchors: what the
-    weights were trained with, if known.
+    Attributes:
+        loaded: Names of tensors that were loaded in full.
+        partly, skipped: The other tensors, with what was loaded of them, or why nothing was.
+        heads_loaded: The heads already know objectness; False: the output convolutions keep the
+            weights that they had.
+        scale_xy, anchors: What the weights were trained with; None if unknown.
+        by_position: The heads were loaded although the file does not name its classes.
     """
 
     source: str
@@ -124,7 +126,7 @@ def match(
 
 
 def is_output(name: str) -> bool:
-    """Whether a tensor belongs to an output convolution, the only kind that knows the classes."""
+    """Whether a tensor belongs to an output convolution: only these depend on the classes."""
     return ".output." in name
 
 
@@ -135,21 +137,21 @@ def has_rows(tensor: Any, weights: WeightsFile, expected: Tensor) -> bool:
 
 
 def same_inputs(tensor: Any, expected: Tensor) -> bool:
-    """Whether two output tensors differ in their number of classes at most."""
+    """Whether two output tensors differ at most in their number of classes."""
     if not isinstance(tensor, Tensor) or not plain(tensor, expected):
         return False
     return tensor.ndim > 0 and tensor.shape[1:] == expected.shape[1:]
 
 
 def plain(tensor: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor holds dense real numbers, floating ones where those are expected."""
+    """Whether a tensor holds dense real numbers, in floating point where that is expected."""
     dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     number = not tensor.is_complex() and tensor.dtype != torch.bool
     return dense and number and tensor.is_floating_point() >= expected.is_floating_point()
 
 
 def mismatch(name: str, tensor: Any, expected: Tensor) -> str | None:
-    """Why the file's tensor cannot stand for the model's, or None if it can."""
+    """Why the file's tensor cannot replace the model's; None if it can."""
     if tensor is None:
         return "not in the file"
     if not isinstance(tensor, Tensor):
@@ -176,7 +178,7 @@ def with_counters(tensors: Mapping[str, Tensor], network: YoloV4) -> dict[str, T
 
 
 def check_backbone(report: LoadReport) -> None:
-    """Refuse a file of another width or depth: half a backbone is worse than a random one."""
+    """Raise UserError for another width or depth: half a backbone is worse than a random one."""
     strays = [name for name in report.skipped if name.startswith(BACKBONE)]
     if strays:
         raise UserError(
@@ -186,8 +188,8 @@ def check_backbone(report: LoadReport) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Refuse the weights of a training that diverged: nothing could be detected with them."""
-    # The extremes are NaN where a value is. Unlike isfinite() this makes no temporary tensors.
+    """Raise UserError for NaN or infinite weights: the training diverged, they detect nothing."""
+    # The extremes are NaN if any value is. Unlike isfinite(), aminmax() makes no temporary tensors.
     ranges = {name: torch.stack(tensor.aminmax()) for name, tensor in tensors.items()}
     broken = [name for name, extremes in ranges.items() if not extremes.isfinite().all()]
     if broken:

@@ -1,7 +1,7 @@
-"""Read a weights file: detect its format from the content, rename its tensors to ours.
+"""Read a weights file: detect its format from the content, rename its tensors to this project's.
 
-Recognised are this project's checkpoints and state_dicts, the original fork's .pth and darknet's
-.weights. Nothing in a file is ever run.
+Supported are this project's checkpoints and state_dicts, the original fork's .pth and darknet's
+.weights. No code in a file is ever run.
 """
 
 import codecs
@@ -24,9 +24,9 @@ from weights.fork import BACKBONE, FORK_SCALE_XY, fork_names
 FORMAT_VERSION = 1  # of the checkpoints written; those of a higher version are refused
 ZIP_MAGIC = b"PK"  # torch.save's container
 PICKLE_MAGIC = b"\x80\x02"  # the one before torch 1.6
-STRANGE = (AttributeError, KeyError, TypeError, ValueError)  # what metadata of a wrong type raise
+STRANGE = (AttributeError, KeyError, TypeError, ValueError)  # what metadata of a wrong type raises
 PARALLEL = "module."  # the prefix that DataParallel gives to all names
-DARKNET = "darknet"  # where other files keep the header of a .weights file that they come from
+DARKNET = "darknet"  # key of the .weights header in files converted from one
 ACCEPTED = (
     "Give a best.pt or last.pt of a run, a state_dict of this network, a .pth of the original "
     "fork, or a darknet .weights file."
@@ -46,7 +46,7 @@ class WeightsFile:
 
     @property
     def num_classes(self) -> int | None:
-        """None for a file without heads. Raises UserError for an impossible number of outputs."""
+        """Classes of the outputs, None without heads; raise UserError for an impossible number."""
         bias = self.tensors.get("head_p3.output.bias")
         if not isinstance(bias, Tensor) or bias.ndim != 1:
             return None
@@ -62,10 +62,14 @@ class WeightsFile:
 def read_weights(
     path: str | Path, network: YoloV4, *, class_names: Sequence[str] | None = None
 ) -> WeightsFile:
-    """Read a file of any kind that `load_weights` knows, without loading it into anything.
+    """Read a file of any kind that `load_weights` knows, without loading it into a network.
 
-    network: gives the structure, its values do not matter. class_names: of a file that does not
-    hold them. Raises UserError if the file cannot be used, or has other classes than those.
+    Args:
+        network: Gives the structure; its values do not matter.
+        class_names: Of a file that does not hold them.
+
+    Raises:
+        UserError: If the file cannot be used, or has other classes than `class_names`.
     """
     start = read_start(path)
     if is_darknet(start):
@@ -82,7 +86,7 @@ def read_weights(
 
 
 def read_start(path: str | Path) -> bytes:
-    """The first bytes of a file. Raises UserError if it cannot be read, or is no weights file."""
+    """The first bytes of a file; raise UserError if it is unreadable or not a weights file."""
     try:
         with open(path, "rb") as file:
             start = file.read(64)
@@ -101,8 +105,11 @@ def read_start(path: str | Path) -> bytes:
 def read_torch_file(path: str | Path, *, mmap: bool = True) -> Any:
     """Read a file of torch.save on the CPU: tensors and plain types, nothing that runs code.
 
-    With `mmap` the tensors of a file in the zip format are mapped from it, not read until used.
-    Raises UserError if the file is missing, damaged or no such file.
+    Args:
+        mmap: Map the tensors of a file in the zip format: they are not read until they are used.
+
+    Raises:
+        UserError: If the file is missing, damaged or not such a file.
     """
     start = read_start(path)
     if is_darknet(start):
@@ -126,7 +133,7 @@ def read_torch_file(path: str | Path, *, mmap: bool = True) -> Any:
 
 
 def recognise(content: Any, path: str | Path, network: YoloV4) -> WeightsFile:
-    """Tell by what a file of torch.save holds which kind it is. Raises UserError if it is none."""
+    """Detect the kind of a file of torch.save by its content; raise UserError for another kind."""
     if isinstance(content, dict) and "format_version" in content:
         return from_checkpoint(content, path)
     if isinstance(content, dict) and all(isinstance(key, str) for key in content):
@@ -145,9 +152,15 @@ def recognise(content: Any, path: str | Path, network: YoloV4) -> WeightsFile:
 def from_fork(
     content: dict[str, Any], path: str | Path, network: YoloV4, metadata: Mapping[str, Any]
 ) -> WeightsFile | None:
-    """Recogniser of the original fork's files, whole or of the backbone; None for others.
+    """Recognise the original fork's files, whole or of the backbone; None for others.
 
     Names that this network has no place for stay as they are, and are reported.
+
+    Args:
+        metadata: `_metadata` of the state_dict: grid sensitivity and header of a converted file.
+
+    Raises:
+        UserError: If the metadata is damaged.
     """
     if "backbone.conv1.conv.weight" in content:
         source = f"{path} (original fork)"
@@ -166,7 +179,7 @@ def from_fork(
 
 
 def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
-    """Recogniser of this project's checkpoints. Raises UserError if this one cannot be used."""
+    """Recognise this project's checkpoints; raise UserError for a damaged or newer one."""
     version = content["format_version"]
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(
@@ -190,7 +203,7 @@ def from_checkpoint(content: dict, path: str | Path) -> WeightsFile:
 
 
 def three_above_0(numbers: Sequence[float]) -> tuple[float, ...]:
-    """A scale_xy as a file has it. Raises ValueError or TypeError if it is none."""
+    """A scale_xy from a file; raise ValueError or TypeError unless it is three positive numbers."""
     numbers = tuple(numbers)
     if len(numbers) != 3 or not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"scale_xy {numbers}")
@@ -198,14 +211,14 @@ def three_above_0(numbers: Sequence[float]) -> tuple[float, ...]:
 
 
 def header_in(metadata: Mapping[str, Any]) -> Header | None:
-    """The darknet header that a converted file carries along."""
+    """The darknet header that a converted file stores; None if it stores none."""
     if DARKNET not in metadata:
         return None
     return Header(tuple(metadata[DARKNET]["version"]), metadata[DARKNET]["seen"])
 
 
 def with_classes(weights: WeightsFile, class_names: Sequence[str]) -> WeightsFile:
-    """Name the classes of a file that does not store them."""
+    """Name the classes of a file; raise UserError if it stores other names or another number."""
     if weights.class_names is not None and list(weights.class_names) != list(class_names):
         raise UserError(
             f"{weights.source} stores its own classes, {summarise(weights.class_names)}; "

@@ -1,4 +1,4 @@
-"""What a detector's confidences are worth: thresholds of best F1, calibration."""
+"""Judge a detector's confidences: thresholds of best F1, and calibration."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,24 +7,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-DEFAULT_THRESHOLD = 0.5  # where no threshold finds anything true
+DEFAULT_THRESHOLD = 0.5  # if no threshold gives a true positive
 CALIBRATION_BINS = 10  # equally wide in score
-# Calibration counts detections from this score on. Evaluation keeps boxes from .001 on, thousands
-# of them nearly all false at scores near 0: with them every detector would look calibrated.
+# Calibration counts detections from this score on. Evaluation keeps boxes from .001 on: thousands,
+# nearly all false, with scores near 0. With them every detector would look calibrated.
 CALIBRATION_FLOOR = 0.05
 
 
 def is_measured(metrics: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's conf_threshold is one of best F1, not DEFAULT_THRESHOLD standing in.
+    """Whether a checkpoint's conf_threshold is one of best F1, not DEFAULT_THRESHOLD.
 
-    metrics: the checkpoint's. Before the first evaluation, and while none finds an object, there
-    is nothing to choose by.
+    It is the default before the first evaluation, and while no evaluation finds an object.
+
+    Args:
+        metrics: The checkpoint's.
     """
     return bool(metrics.get("f1"))
 
 
 class OperatingPoint(NamedTuple):
-    """What keeping the detections of scores >= conf_threshold gives; 0 where nothing is kept."""
+    """Metrics of the detections with score >= conf_threshold; 0 without a true positive."""
 
     conf_threshold: float
     f1: float
@@ -35,12 +37,18 @@ class OperatingPoint(NamedTuple):
 def best_f1_threshold(
     scores: ArrayLike, is_true_positive: ArrayLike, num_ground_truth: int
 ) -> OperatingPoint:
-    """The score at which F1 = 2 TP / (detections + ground truth) is highest.
+    """The score threshold with the highest F1 = 2 TP / (detections + ground truth).
 
-    scores, is_true_positive: (n,), of one class or all together, in any order, without ignored
-    detections. The threshold is one of the scores; among equal F1 the highest one, which keeps the
-    fewest detections. With no true positive there is nothing to choose by: (0.5, 0, 0, 0).
-    Raises ValueError when the lengths disagree.
+    Args:
+        scores, is_true_positive: (n,), of one class or all together, in any order, without ignored
+            detections.
+
+    Returns:
+        The threshold is one of the scores; among equal F1 the highest one, which keeps the fewest
+        detections. Without a true positive: (0.5, 0, 0, 0).
+
+    Raises:
+        ValueError: If the lengths differ.
     """
     values, hits = _arrays(scores, is_true_positive)
     if not hits.any():
@@ -66,7 +74,7 @@ def operating_point(
     *,
     conf_threshold: float,
 ) -> OperatingPoint:
-    """F1, precision and recall at a given threshold; otherwise as `best_f1_threshold`."""
+    """F1, precision and recall at a given threshold; arguments as for `best_f1_threshold`."""
     values, hits = _arrays(scores, is_true_positive)
     kept = values >= conf_threshold
     true_positives = int((hits & kept).sum())
@@ -81,11 +89,19 @@ def operating_point(
 
 
 def reliability(scores: ArrayLike, is_true_positive: ArrayLike) -> dict[str, list[float]]:
-    """Per bin of score: "confidence", the mean score, "precision" and "count" of the detections.
+    """Mean score, precision and number of detections per bin of score.
 
-    scores, is_true_positive: (n,), without ignored detections. CALIBRATION_BINS equal bins from 0
-    to 1, of which the first begins at CALIBRATION_FLOOR. Means of empty bins are nan.
-    Raises ValueError when the lengths disagree.
+    There are CALIBRATION_BINS equal bins from 0 to 1; the first one begins at CALIBRATION_FLOOR.
+
+    Args:
+        scores, is_true_positive: (n,), without ignored detections.
+
+    Returns:
+        "confidence" (the mean score), "precision" and "count" per bin; the means of empty bins are
+        nan.
+
+    Raises:
+        ValueError: If the lengths differ.
     """
     values, hits = _arrays(scores, is_true_positive)
     high = values >= CALIBRATION_FLOOR
@@ -107,8 +123,11 @@ def reliability(scores: ArrayLike, is_true_positive: ArrayLike) -> dict[str, lis
 def expected_calibration_error(bins: Mapping[str, Sequence[float]]) -> float:
     """ECE = sum over bins of n_b / N |precision_b - confidence_b| (Guo et al. 2017); nan if N = 0.
 
-    bins: of `reliability`. For detections precision takes the place of accuracy, and the score
-    that of confidence (Kueppers et al. 2020).
+    For detections, precision takes the place of accuracy, and the score that of confidence
+    (Kueppers et al. 2020).
+
+    Args:
+        bins: As `reliability` returns them.
     """
     columns = zip(bins["confidence"], bins["precision"], bins["count"], strict=True)
     gaps = [(abs(precision - score), count) for score, precision, count in columns if count]

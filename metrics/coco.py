@@ -1,8 +1,8 @@
-"""COCO's average precision, by the rules of pycocotools, a rank of all images at a time.
+"""COCO's average precision by the rules of pycocotools, for all images at once.
 
-The matching is greedy: what a detection may still take depends on those before it in its image.
-Images do not depend on each other, so that the first detections of all images are matched
-at once, then the second ones, at all IoU thresholds: 14 times as fast as pycocotools on 500,000
+Matching is greedy: the objects that a detection can still match depend on the earlier detections
+of its image. Images are independent, so the first detections of all images are matched at once,
+then the second ones, at all IoU thresholds. It is 14 times as fast as pycocotools on 500,000
 detections (benchmarks/average_precision.py), and equal to it to the last digits.
 """
 
@@ -18,7 +18,7 @@ ImageTruth = tuple[np.ndarray, np.ndarray, np.ndarray]  # class ids, boxes_xyxy,
 
 
 class CocoFigures(NamedTuple):
-    """COCO's averages over classes, without area filter; nan where no object counts."""
+    """COCO's averages over classes, without area filter; nan if no object counts."""
 
     AP: float  # over IoU .50, .55, ..., .95
     AP50: float
@@ -28,12 +28,14 @@ class CocoFigures(NamedTuple):
 def coco_average_precision(
     detections: Sequence[np.ndarray], ground_truth: Sequence[ImageTruth], num_classes: int
 ) -> CocoFigures:
-    """COCO's AP, AP50 and AP75 over all classes, at most 100 detections a class and image.
+    """COCO's AP, AP50 and AP75 over all classes, with at most 100 detections per class and image.
 
-    detections: an image's (n, 6) xyxy, score, class id. ground_truth: the same image's class
-    ids (m,), boxes (m, 4) and difficult (m,). A difficult object is COCO's `iscrowd`: not counted,
-    and any number of detections may lie on it, where overlap is the share of the detection that is
-    covered.
+    A difficult object is COCO's `iscrowd`: it is not counted, and any number of detections may
+    match it. Their overlap with it is the fraction of the detection that it covers.
+
+    Args:
+        detections: Per image (n, 6): xyxy, score, class id.
+        ground_truth: Per image, in the same order: class ids (m,), boxes (m, 4), difficult (m,).
     """
     found, images = flatten(detections, width=6)
     truth, truth_images = flatten_truth(ground_truth)
@@ -51,13 +53,13 @@ def coco_average_precision(
 
 
 def flatten(parts: Sequence[np.ndarray], *, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image's rows behind one another, float64 (n, width), and each row's image."""
+    """Concatenate the rows of all images, float64 (n, width), with the image index of each row."""
     rows = np.concatenate([np.zeros((0, width)), *parts])
     return rows, np.repeat(np.arange(len(parts)), [len(part) for part in parts])
 
 
 def flatten_truth(ground_truth: Sequence[ImageTruth]) -> tuple[np.ndarray, np.ndarray]:
-    """All objects (m, 6): xyxy, difficult, class id, and each one's image."""
+    """All objects, (m, 6): xyxy, difficult, class id, with the image index of each."""
     objects = [np.column_stack((boxes, hard, ids)) for ids, boxes, hard in ground_truth]
     return flatten(objects, width=6)
 
@@ -65,9 +67,14 @@ def flatten_truth(ground_truth: Sequence[ImageTruth]) -> tuple[np.ndarray, np.nd
 def match(
     found: np.ndarray, images: np.ndarray, truth: np.ndarray, truth_images: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Judge the detections of one class.
+    """Match the detections of one class to its objects.
 
-    Returns the scores (n,) of those that count, and true positive and ignored (thresholds, n).
+    Args:
+        found, images: Detections and their image indices, as `flatten` returns them.
+        truth, truth_images: Objects and their image indices, as `flatten_truth` returns them.
+
+    Returns:
+        Scores (k,) of the detections that count; true positive and ignored, (thresholds, k) each.
     """
     order = np.lexsort((-found[:, 4], images))  # stable: equal scores as they came
     found, images = found[order], images[order]
@@ -93,7 +100,7 @@ def match(
 
 
 def rank_in_group(groups: np.ndarray) -> np.ndarray:
-    """How many rows of the same group stand before each; groups are sorted."""
+    """Number of earlier rows in the same group, for each row; groups are sorted."""
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     lengths = np.diff(starts, append=len(groups))
     return np.arange(len(groups)) - np.repeat(starts, lengths)
@@ -102,7 +109,7 @@ def rank_in_group(groups: np.ndarray) -> np.ndarray:
 def by_image(
     truth: np.ndarray, truth_images: np.ndarray, least: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Objects padded to equally many an image: boxes (P, G, 4), nan where none, crowd (P, G)."""
+    """Pad the objects to G per image: boxes (P, G, 4), nan where there is none, crowd (P, G)."""
     count = max(least, 1 + truth_images.max(initial=-1))
     rank = rank_in_group(truth_images)
     boxes = np.full((count, 1 + rank.max(initial=-1), 4), np.nan)
@@ -115,7 +122,7 @@ def by_image(
 def overlaps(found: np.ndarray, boxes: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """(n, G) IoU of each detection with the objects of its image, nan where there is none.
 
-    As pycocotools computes it, from corner, width and height, to the last bit.
+    Computed as in pycocotools, from corner, width and height, equal to the last bit.
     """
     left, top, width, height = corner_and_size(found[:, None, :4])
     left2, top2, width2, height2 = corner_and_size(boxes)
@@ -133,9 +140,14 @@ def corner_and_size(boxes_xyxy: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def best_match(iou: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The allowed object of highest IoU at each threshold; of equal ones the last, as COCO's.
+    """The allowed object of highest IoU at each threshold; of equal ones the last, as in COCO.
 
-    iou: (n, G). allowed: (thresholds, n, G). Returns hit and index, (thresholds, n) each.
+    Args:
+        iou: (n, G).
+        allowed: (thresholds, n, G).
+
+    Returns:
+        Whether it is a match, and the object's index, (thresholds, n) each.
     """
     if iou.shape[1] == 0:
         return np.zeros(allowed.shape[:2], bool), np.zeros(allowed.shape[:2], int)

@@ -87,7 +87,7 @@ def forward_batches(
     num_workers: int = 0,
     progress: bool = True,
 ) -> Iterator[tuple[Sequence[Sample], Sequence[Tensor], Tensor]]:
-    """Batch after batch, in order: its samples, the network's raw maps and the targets."""
+    """Per batch, in order: its samples, the network's raw maps and the targets."""
     loader = DataLoader(
         VocDataset(samples, input_shape, train=False),
         batch_size=batch_size,
@@ -105,9 +105,9 @@ def forward_batches(
 
 @contextmanager
 def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """Eval mode for the block; afterwards every submodule has its own mode back.
+    """Eval mode within the block; afterwards every submodule has its own mode again.
 
-    `module.train()` would not do: in the freeze phase the backbone stays in eval mode.
+    `module.train()` would be wrong: in the freeze phase the backbone stays in eval mode.
     """
     parts = [part for module in modules if module is not None for part in module.modules()]
     modes = [(part, part.training) for part in parts]
@@ -121,7 +121,7 @@ def evaluating(*modules: nn.Module | None) -> Iterator[None]:
 
 
 class LossMeans:
-    """Means of the loss terms over images, and its cells, summed on the device, read once."""
+    """Mean loss terms over images, and the cells, summed on the device and read once."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(len(LOSS_TERMS), device=device)
@@ -129,21 +129,21 @@ class LossMeans:
         self.cells = CellHistogram(device)
 
     def add(self, terms: Mapping[str, Any], images: int) -> None:
-        """Take in a batch: what YOLOLoss returned, with or without "cells"."""
+        """Add a batch of `images`: what YOLOLoss returned, with or without "cells"."""
         self.sums += torch.stack([terms[name].float() for name in LOSS_TERMS]) * images
         self.images += images
         if "cells" in terms:
-            # Times the images as well: the cells of a last, smaller batch weigh no more.
+            # Weighted by the images, too: the cells of a smaller last batch count no more.
             cells = terms["cells"]
             self.cells.add(cells._replace(losses=cells.losses * images))
 
     def result(self) -> dict[str, float]:
-        """Over all ranks, each of which has seen as many images."""
+        """Means over all ranks, each of which has seen equally many images."""
         means = np.mean(gather_objects(self.sums.tolist()), axis=0) / self.images
         return dict(zip(LOSS_TERMS, means.tolist(), strict=True))
 
     def histogram(self) -> dict[str, Any]:
-        """The cells of all ranks, as CellHistogram.to_json has them."""
+        """The cells of all ranks, as CellHistogram.to_json returns them."""
         joint = CellHistogram()
         own = torch.stack((self.cells.counts, self.cells.losses)).cpu()
         joint.counts, joint.losses = sum(gather_objects(own))
@@ -153,9 +153,9 @@ class LossMeans:
 def in_image_pixels(
     detections: Sequence[Tensor], samples: Sequence[Sample], input_shape: tuple[int, int]
 ) -> list[np.ndarray]:
-    """Detections (n, 6) of a batch from the device, in pixels of the original images."""
+    """A batch's detections, (n, 6) each, on the CPU and in pixels of the original images."""
     counts = [len(rows) for rows in detections]
-    on_cpu = torch.cat(list(detections)).cpu().split(counts)  # one transfer a batch
+    on_cpu = torch.cat(list(detections)).cpu().split(counts)  # one transfer per batch
     return [
         torch.cat(
             (letterbox_to_image(rows[:, :4], input_shape, sample.image_hw), rows[:, 4:]), dim=1
@@ -167,8 +167,8 @@ def in_image_pixels(
 def _share(samples: Sequence[Sample]) -> Sequence[Sample]:
     """This rank's images: every world_size-th.
 
-    All ranks get equally many, the last one perhaps from the start again, because the loss is a
-    collective call that every rank has to make equally often.
+    All ranks get equally many, because the loss is a collective call that every rank has to make
+    equally often. The last one may be taken from the start again.
     """
     if not samples:
         raise UserError("There is no image to evaluate on: the split is empty. Give another one.")
@@ -177,6 +177,6 @@ def _share(samples: Sequence[Sample]) -> Sequence[Sample]:
 
 
 def _gather_images(detections: list[np.ndarray], images: int) -> list[np.ndarray]:
-    """All ranks' detections in the order of the images: the inverse of `_share`."""
+    """The detections of all ranks in the order of the images: the inverse of `_share`."""
     parts = gather_objects(detections)
     return [parts[index % len(parts)][index // len(parts)] for index in range(images)]

@@ -51,7 +51,7 @@ def ranked_candidates(cells: Tensor, conf_threshold: float) -> Tensor:
 
 
 def suppress_image(candidates: Tensor, nms_iou: float) -> Tensor:
-    """Suppress within each class. candidates: (n, 6) by falling score; order is kept."""
+    """Suppress within each class; candidates are (n, 6) by falling score, their order is kept."""
     if len(candidates) == 0:
         return candidates
     # Shifting each class to its own stretch of the plane lets one call serve all classes. In
@@ -66,9 +66,9 @@ def suppress_image(candidates: Tensor, nms_iou: float) -> Tensor:
 
 
 def torchvision_nms(boxes_xyxy: Tensor, scores: Tensor, nms_iou: float) -> Tensor:
-    """Indices that torchvision's NMS keeps, best first.
+    """Indices of the boxes that torchvision's NMS keeps, best first.
 
-    Imported here, because a torchvision built for another torch fails as soon as it is imported.
+    torchvision is imported here, because one built for another torch fails on import.
     """
     try:
         from torchvision.ops import nms

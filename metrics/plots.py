@@ -1,4 +1,4 @@
-"""Curves as image files: of a training, of precision, of calibration, of the cells' loss."""
+"""Plots as image files: training curves, precision and recall, calibration, loss of the cells."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,18 @@ DPI = 120
 LOG_FROM = 20  # a curve that spans more than this factor is drawn on a logarithmic axis
 MAX_NAMED_CLASSES = 20  # more curves than this cannot be told apart: they are drawn grey
 RECALL_GRID = np.linspace(0, 1, 101)
-# Of the cells, the share whose loss the legend tells: negatives are a thousand times as many.
+# Share of the cells whose loss the legend reports: negatives are a thousand times as many.
 HARDEST = {"positive": 0.1, "negative": 0.01}
 
 Row = Mapping[str, str | float | None]
 
 
 def plot_losses(path: str | Path, rows: Sequence[Row]) -> None:
-    """Total loss of training and validation, and its terms, over epochs.
+    """Plot total loss and its terms over epochs, of training and validation.
 
-    rows: the lines of metrics.csv (epoch, loss, loc, conf, cls, val_loss, val_loc, ...); a value
-    that is absent, "" or nan was not measured.
+    Args:
+        rows: The lines of metrics.csv (epoch, loss, loc, conf, cls, val_loss, val_loc, ...). A
+            value that is absent, "" or nan was not measured.
     """
     # A Figure of its own, not pyplot: no display, no global list of figures that fills up.
     figure = Figure(figsize=(11, 4.2), layout="constrained")
@@ -46,9 +47,10 @@ def plot_losses(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def plot_map(path: str | Path, rows: Sequence[Row]) -> None:
-    """Validation AP50 (and COCO AP where measured) over epochs, the best AP50 marked.
+    """Plot validation AP50 (and COCO AP where measured) over epochs, with the best AP50 marked.
 
-    rows: the lines of metrics.csv with epoch, val_ap50, val_ap.
+    Args:
+        rows: The lines of metrics.csv, with epoch, val_ap50 and val_ap.
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -74,11 +76,14 @@ def plot_precision_recall(
     *,
     iou: float = 0.5,
 ) -> None:
-    """A precision-recall curve a class, in the order of AP, and the mean of all.
+    """Plot a precision-recall curve per class, ordered by AP, and the mean of all.
 
-    curves: class name -> (precision, recall) after each detection, by falling score, for classes
-    with ground truth; average_precisions: AP of at least these classes. Precision is drawn as AP
-    counts it: the best at a recall or a higher one.
+    Precision is drawn as AP counts it: the best at a recall or a higher one.
+
+    Args:
+        curves: Class name -> (precision, recall) after each detection, by falling score, for
+            classes with ground truth.
+        average_precisions: AP of at least these classes.
     """
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
@@ -108,10 +113,12 @@ def plot_reliability(
     ece: float,
     thresholds: Mapping[str, float] | None = None,
 ) -> None:
-    """Reliability diagram: precision against score in each bin, and below it the counts.
+    """Plot a reliability diagram: precision against score per bin, and below it the counts.
 
-    bins: of metrics.calibration.reliability; ece: their expected calibration error. thresholds:
-    label -> score, drawn as lines.
+    Args:
+        bins: As `metrics.calibration.reliability` returns them.
+        ece: Expected calibration error of the bins.
+        thresholds: Label -> score, drawn as lines.
     """
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -139,11 +146,14 @@ def plot_reliability(
 
 
 def plot_cumulative_loss(path: str | Path, histograms: Mapping[str, Mapping[str, Any]]) -> None:
-    """Share of the confidence loss over cells sorted from easy to hard (Lin et al. 2017, fig. 4).
+    """Plot the share of the confidence loss, cells from easy to hard (Lin et al. 2017, fig. 4).
 
-    histograms: label -> CellHistogram.to_json(); a curve each for positives and for negatives,
-    normalised to 1. The negatives' axis is logarithmic towards its hard end, unlike the paper's:
-    on a plain one nearly every curve rises within the last hundredth.
+    Positives and negatives have one curve per label each, normalised to 1. Unlike the paper's, the
+    negatives' axis is logarithmic towards its hard end: on a linear axis nearly every curve rises
+    within the last hundredth.
+
+    Args:
+        histograms: Label -> CellHistogram.to_json().
     """
     figure = Figure(figsize=(11, 4.6 + 0.22 * len(histograms)), layout="constrained")
     positives, negatives = figure.subplots(1, 2)
@@ -159,7 +169,7 @@ def plot_cumulative_loss(path: str | Path, histograms: Mapping[str, Mapping[str,
 
 
 def column(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Epochs and values of the rows where a number was measured."""
+    """Epochs and values of the rows in which `key` was measured."""
     points = [(number(row["epoch"]), number(row.get(key))) for row in rows]
     measured = [(epoch, value) for epoch, value in points if math.isfinite(value)]
     epochs, values = np.array(measured, dtype=float).reshape(-1, 2).T
@@ -175,9 +185,13 @@ def envelope(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
 def cumulative_share(
     cells: Sequence[float], loss: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Running shares of cells and of their loss, from 0 to 1, (bins + 1,) each; None without loss.
+    """Cumulative shares of cells and of their loss.
 
-    cells, loss: what lies in each bin, from easy to hard.
+    Args:
+        cells, loss: Number of cells and their loss per bin, from easy to hard.
+
+    Returns:
+        (bins + 1,) each, from 0 to 1; None without loss.
     """
     fractions, shares = (np.cumsum([0, *column]) for column in (cells, loss))
     if not (fractions[-1] > 0 and 0 < shares[-1] < math.inf):
@@ -193,7 +207,7 @@ def _cumulative_panel(
     ticks: np.ndarray,
     fractions: np.ndarray,
 ) -> None:
-    """A curve a label. ticks: where on the axis the `fractions` of the cells are drawn."""
+    """Draw a curve per label. ticks: positions on the axis of the `fractions` of the cells."""
     axes.plot(ticks, fractions, ":", color="0.5", label="if every cell had the same loss")
     hardest = HARDEST[group]
     colours = distinct_colours(len(histograms))
@@ -234,7 +248,7 @@ def distinct_colours(count: int) -> list[ColorType]:
 
 
 def plain(text: str) -> str:
-    """A label as it stands: "$" would start mathematics, and "_" in front hide it."""
+    """Escape a label for Matplotlib: "$" would start math, a leading "_" hide the label."""
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
 
@@ -247,7 +261,7 @@ def number(value: str | float | None) -> float:
 def _curve(
     axes: Axes, rows: Sequence[Row], key: str, colour: str, label: str, line: str = "-"
 ) -> None:
-    """Draw what was measured; a few points are marked, or a single one would not be seen."""
+    """Draw the measured values; few points are marked, since a single one would be invisible."""
     epochs, values = column(rows, key)
     if len(values):
         marker = "o" if len(values) <= 30 else None
@@ -262,7 +276,7 @@ def _finish(
     legend: Literal["best", "lower right"] = "best",
     logarithmic: bool = True,
 ) -> None:
-    """Title, labels, legend, scale and whole epochs."""
+    """Set title, labels, legend, scale and whole epochs."""
     lines = axes.get_lines()
     axes.set(title=title, xlabel="epoch", ylabel=ylabel)
     if lines:
@@ -280,6 +294,6 @@ def _finish(
 
 
 def clean(axes: Axes) -> None:
-    """A light grid, and no box around."""
+    """A light grid, without the top and right edge of the frame."""
     axes.grid(visible=True, alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

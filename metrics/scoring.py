@@ -1,4 +1,4 @@
-"""What a model reaches on a split: figures of its detections, for programs and for people."""
+"""Score a model's detections on a split: metrics for programs, and a table for people."""
 
 import dataclasses
 import math
@@ -27,19 +27,23 @@ from metrics.voc import (
 EVAL_CONF_THRESHOLD = 0.001
 EVAL_NMS_IOU = 0.45
 MATCH_IOU = 0.5
-JUDGED = ("conf_threshold", "f1", "ece")  # in metrics.csv; their names do not say "val"
+JUDGED = ("conf_threshold", "f1", "ece")  # in metrics.csv, without the prefix "val_"
 NOT_FIGURES = ("curves", "detections", "matches", "cells")  # arrays, left out of evaluation.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model reaches on a split. Figures without a meaning there are nan.
+    """Metrics of a model on a split; nan where a metric is undefined.
 
-    AP50: VOC, all points, the mean over classes with ground truth; AP, AP50_coco, AP75: COCO.
-    conf_threshold: the score of best F1 over all classes at IoU .5, with its f1, precision and
-    recall; class_thresholds, class_f1: of each class alone, where a class without true positives
-    takes the overall threshold. ece, reliability: calibration of the scores (metrics.calibration).
-    highest_score: of any box, before every threshold. seconds: loading, network and NMS.
+    Attributes:
+        AP50: VOC, all points, the mean over classes with ground truth.
+        AP, AP50_coco, AP75: COCO.
+        conf_threshold: Score of best F1 over all classes at IoU .5, with its f1, precision, recall.
+        class_thresholds, class_f1: Of each class alone; a class without true positives takes the
+            overall threshold.
+        ece, reliability: Calibration of the scores (metrics.calibration).
+        highest_score: Of any box, before every threshold.
+        seconds: Loading, network and NMS.
     """
 
     AP50: float
@@ -75,7 +79,7 @@ class Evaluation:
         return operating_point(*_pool(self.matches.values()), conf_threshold=conf_threshold)
 
     def metrics(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, in plain types."""
+        """The metrics that a checkpoint stores, in plain types."""
         names = ("AP50", "AP50_11point", "AP", "AP75", "f1", "precision", "recall", "ece")
         return {
             **{name: float(getattr(self, name)) for name in names},
@@ -84,7 +88,7 @@ class Evaluation:
         }
 
     def row(self) -> dict[str, float]:
-        """Its figures under their names in metrics.csv."""
+        """The metrics under their names in metrics.csv."""
         named = {f"val_{name.lower()}": getattr(self, name) for name in ("AP50", "AP", "AP75")}
         keys = {"total": "val_loss", **{name: f"val_{name}" for name in ("loc", "conf", "cls")}}
         losses = {keys[name]: value for name, value in self.losses.items() if name in keys}
@@ -105,7 +109,7 @@ class Evaluation:
 def score_detections(
     samples: Sequence[Sample], detections: Sequence[np.ndarray], class_names: Sequence[str]
 ) -> Evaluation:
-    """VOC and COCO figures of detections: a (n, 6) xyxy, score, class id array an image."""
+    """VOC and COCO metrics of detections, per image (n, 6): xyxy, score, class id."""
     truth = [(sample.class_ids, sample.boxes_xyxy, sample.difficult) for sample in samples]
     judged = match_classes(detections, truth, len(class_names), iou_threshold=MATCH_IOU)
     matches = dict(zip(class_names, judged, strict=True))
@@ -140,7 +144,7 @@ def score_detections(
 
 
 def _judge_scores(matches: Mapping[str, Matches]) -> dict[str, Any]:
-    """Thresholds and calibration: overall and, for thresholds, class by class."""
+    """Thresholds and calibration: overall and, for thresholds, per class."""
     scores, hits, objects = _pool(matches.values())
     overall = best_f1_threshold(scores, hits, objects)
     best = {name: best_f1_threshold(*_pool([found])) for name, found in matches.items()}
@@ -161,7 +165,7 @@ def _judge_scores(matches: Mapping[str, Matches]) -> dict[str, Any]:
 
 
 def _pool(matches: Iterable[Matches]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scores, whether true, and the number of objects of classes together, without ignored."""
+    """Scores, true-positive flags and number of objects of all classes, without ignored ones."""
     matches = list(matches)
     return (
         np.concatenate([found.scores[~found.ignored] for found in matches]),
@@ -171,7 +175,7 @@ def _pool(matches: Iterable[Matches]) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def format_table(evaluation: Evaluation) -> str:
-    """The figures for people: a line a class, the means, and the thresholds they stand on."""
+    """A table for people: a line per class, the means, and the thresholds behind them."""
     width = max(len("class"), *(len(name) for name in evaluation.per_class))
     lines = [f"{'class':<{width}}    AP50  objects  detections  best F1  at score"]
     for name, ap50 in evaluation.per_class.items():
@@ -196,7 +200,7 @@ def format_table(evaluation: Evaluation) -> str:
 
 
 def _threshold_line(evaluation: Evaluation) -> str:
-    """The score worth using, or why there is none."""
+    """The recommended score threshold, or why there is none."""
     if evaluation.counts["detections"] == 0:
         return (
             f"No box has a score of {EVAL_CONF_THRESHOLD} or more: the highest seen is "

@@ -11,10 +11,12 @@ ELEVEN_RECALLS = np.linspace(0, 1, 11)
 
 
 class Matches(NamedTuple):
-    """The detections of one class, highest score first, each judged against the ground truth.
+    """The detections of one class, highest score first, each matched against the ground truth.
 
-    scores: (n,). true_positive, ignored: (n,) bool, never both; ignored detections overlap a
-    difficult object. num_ground_truth: the objects that count, without the difficult ones.
+    Attributes:
+        scores: (n,).
+        true_positive, ignored: (n,) bool, never both; ignored ones overlap a difficult object.
+        num_ground_truth: The objects that count, without the difficult ones.
     """
 
     scores: np.ndarray
@@ -28,7 +30,7 @@ class GroundTruth(NamedTuple):
 
     boxes: np.ndarray
     difficult: np.ndarray
-    first: np.ndarray  # where an image's objects begin
+    first: np.ndarray  # index of each image's first object
     counts: np.ndarray
 
 
@@ -41,16 +43,21 @@ def match_detections(
     *,
     iou_threshold: float = 0.5,
 ) -> Matches:
-    """Judge the detections of one class by the VOC devkit's rules (VOCevaldet.m).
+    """Match the detections of one class by the VOC devkit's rules (VOCevaldet.m).
 
-    In order of falling score (equal scores: in the order given), each detection meets the object
-    of its image that it overlaps most. Is the overlap at least iou_threshold, it is a true
-    positive, unless the object was taken before (then a false positive) or is difficult (ignored,
-    however often). An image that gt_boxes does not name has no object.
+    By falling score (equal scores: in the given order), each detection is compared with the object
+    of its image that it overlaps most. If the overlap is at least iou_threshold, it is a true
+    positive, unless the object is difficult (ignored, however often) or was matched before (a false
+    positive).
 
-    image_ids, scores, boxes_xyxy: n detections, boxes (n, 4). gt_boxes, gt_difficult: image id ->
-    (m, 4) boxes and (m,) bools. Boxes are xyxy pixels, inclusive: width is xmax - xmin + 1.
-    Raises ValueError when lengths disagree or gt_difficult names other images than gt_boxes.
+    Args:
+        image_ids, scores, boxes_xyxy: n detections. Boxes, (n, 4), are in pixels, inclusive: the
+            width is xmax - xmin + 1.
+        gt_boxes, gt_difficult: Image id -> (m, 4) boxes and (m,) bools. An image that gt_boxes does
+            not name has no object.
+
+    Raises:
+        ValueError: If lengths differ, or gt_difficult names other images than gt_boxes.
     """
     values = np.asarray(scores, dtype=np.float64).reshape(-1)
     boxes = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
@@ -85,7 +92,7 @@ def _judge(
 def precision_recall(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall, (k,) each, after each detection that is not ignored.
 
-    Recall is nan when no object counts.
+    Recall is nan if no object counts.
     """
     true_positives = np.cumsum(matches.true_positive[~matches.ignored])
     precision = true_positives / np.arange(1, len(true_positives) + 1)
@@ -97,9 +104,9 @@ def area_under_curve(
 ) -> float:
     """Average precision of a curve: all points (VOC 2010 on) or eleven (VOC 2007).
 
-    All points: the area under the precision made monotonous. Eleven points: the mean over recalls
+    All points: the area under the precision made monotonic. Eleven points: the mean over recalls
     0, .1, ..., 1 of the best precision at that recall or a higher one. The eleven recalls are the
-    devkit's floats as its Python ports have them: 3 * .1 lies a rounding above 3 / 10.
+    floats of the devkit's Python ports, in which 3 * .1 is a rounding error above 3 / 10.
     """
     if eleven_point:
         best = [precision[recall >= level].max(initial=0) for level in ELEVEN_RECALLS]
@@ -117,8 +124,9 @@ def match_classes(
 ) -> list[Matches]:
     """`match_detections` for every class of a whole split.
 
-    detections: an image's (n, 6) xyxy, score, class id. ground_truth: the same image's class
-    ids (m,), boxes (m, 4) and difficult (m,).
+    Args:
+        detections: Per image (n, 6): xyxy, score, class id.
+        ground_truth: Per image, in the same order: class ids (m,), boxes (m, 4), difficult (m,).
     """
     found, images = flatten(detections, width=6)
     truth, truth_images = flatten_truth(ground_truth)
@@ -137,7 +145,7 @@ def match_classes(
 def _stack_ground_truth(
     gt_boxes: Mapping, gt_difficult: Mapping
 ) -> tuple[GroundTruth, dict[Hashable, int]]:
-    """Lay the objects of all images behind one another, an empty image first.
+    """Concatenate the objects of all images, after an empty image.
 
     Also returns the index of each image id; 0 is the image without objects.
     """
@@ -162,8 +170,8 @@ def _best_overlaps(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The highest IoU of each detection with an object of its image, and that object's index.
 
-    One step a rank of object (the first of every image, the second, ...), all detections at
-    once; the earlier object wins a tie, as the devkit's `ov > ovmax` has it.
+    One step per rank of object (the first of every image, the second, ...), for all detections at
+    once. The earlier object wins a tie, as with the devkit's `ov > ovmax`.
     """
     best = np.zeros(len(boxes))
     nearest = np.full(len(boxes), -1)
@@ -179,7 +187,7 @@ def _best_overlaps(
 
 
 def _inclusive_iou(boxes1: np.ndarray, boxes2: np.ndarray) -> np.ndarray:
-    """IoU of paired boxes (n, 4) -> (n,), both edges belonging to a box: VOC's + 1."""
+    """IoU of paired boxes (n, 4) -> (n,); both edges belong to a box: VOC's + 1."""
     top_left = np.maximum(boxes1[:, :2], boxes2[:, :2])
     bottom_right = np.minimum(boxes1[:, 2:], boxes2[:, 2:])
     intersection = (bottom_right - top_left + 1).clip(min=0).prod(axis=1)

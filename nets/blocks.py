@@ -15,8 +15,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Mish | nn.LeakyReLU]] = {
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BN that does not count its batches: at a fixed momentum nothing reads the number, and 107
-    counters are 107 launches in a step."""
+    """BN that does not count its batches.
+
+    At a fixed momentum nothing reads the number, and 107 counters are 107 launches per step.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         statistics = (self.running_mean, self.running_var)

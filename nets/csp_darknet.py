@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 class CspStage(nn.Module):
-    """Halve the resolution, then send one half of the channels through the residuals only."""
+    """Halve the resolution, then send only one half of the channels through the residuals."""
 
     def __init__(
         self,
@@ -67,10 +67,14 @@ class CspStage(nn.Module):
 
 
 class CSPDarknet53(nn.Module):
-    """Stem and five stages; returns the maps of the last three, strides 8, 16, 32.
+    """Stem and five stages; returns the maps of the last three, at strides 8, 16, 32.
 
-    `out_channels` holds their channel counts. (B, 3, H, W) in, H and W multiples of 32.
-    `recompute`: in training, the stages' activations are computed twice instead of kept.
+    The input is (B, 3, H, W), H and W multiples of 32.
+
+    Attributes:
+        out_channels: Channels of the three maps.
+        recompute: Gradient checkpointing: in training, the activations of the stages are computed
+            twice instead of kept.
     """
 
     def __init__(self, *, width: float = 1.0, depth: float = 1.0):

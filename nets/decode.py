@@ -22,9 +22,10 @@ YOLOV4_ANCHORS = (
 
 
 def read_anchors(path: str) -> tuple[tuple[float, float], ...]:
-    """Read nine "w,h" pairs in input pixels, small to large.
+    """Read nine "w,h" pairs in pixels of the network input, small to large.
 
-    Raises UserError if the file is missing or does not hold nine positive pairs.
+    Raises:
+        UserError: If the file is missing or does not hold nine positive pairs.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

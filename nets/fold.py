@@ -1,4 +1,4 @@
-"""BN folded into the convolutions before it: the same network, ready for detection only."""
+"""Fold BN into the convolutions before it: the same network, for detection only."""
 
 import torch
 from torch import nn
@@ -11,8 +11,11 @@ from nets.blocks import ConvBnAct
 def fold_batch_norm(model: nn.Module) -> None:
     """Fold, in place, each BN of a network in eval mode into its convolution.
 
-    The outputs stay the same up to rounding. Activations then overwrite their input, so that
-    nothing can be trained any more. Raises ValueError for a network in training mode.
+    The outputs stay the same up to rounding. Activations then overwrite their input, so the network
+    can no longer be trained.
+
+    Raises:
+        ValueError: If the network is in training mode.
     """
     if model.training:
         raise ValueError("BN has no fixed statistics in training mode: call model.eval() first")

@@ -1,4 +1,4 @@
-"""Where a network lies in memory."""
+"""The place and layout of a network in memory."""
 
 from typing import TypeVar
 
@@ -9,9 +9,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def move(network: Network, device: torch.device | str, dtype: torch.dtype | None = None) -> Network:
-    """The network itself on a device, its weights in channels_last, as convolutions like it best.
+    """Move the network itself to a device, its weights in channels_last, which suits convolutions.
 
-    dtype None: as it is.
+    Args:
+        dtype: Of the weights; None keeps it.
     """
     # torch's stubs of Module.to lack the memory format.
     return network.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]

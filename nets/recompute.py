@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass instead of kept: memory for time."""
+"""Gradient checkpointing: less memory, since the backward pass computes activations again."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +21,7 @@ def run_recomputed(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def keep_statistics(module: nn.Module) -> Iterator[None]:
-    """BN's running statistics stay as they are: the first forward pass has updated them."""
+    """Freeze BN's running statistics: the first forward pass has already updated them."""
     layers = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d)]
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

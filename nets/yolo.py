@@ -1,4 +1,4 @@
-"""YOLOv4 (Bochkovskiy et al. 2020): backbone, neck and three heads, in images, raw maps out."""
+"""YOLOv4 (Bochkovskiy et al. 2020): backbone, neck and three heads, from images to raw maps."""
 
 import math
 
@@ -15,7 +15,7 @@ BOX_CHANNELS = 5  # tx, ty, tw, th, objectness, before the classes
 OBJECTNESS = 4
 MAX_STRIDE = 32
 # About one cell in a hundred holds an object. From .5 the first hundred steps would only learn
-# that: the confidence loss of an image then starts at 5.3, and at .1 from this prior.
+# this share: the confidence loss of an image starts at 5.3 from .5, and at .1 from this prior.
 SCRATCH_PRIOR = 0.01
 
 
@@ -38,7 +38,13 @@ class YoloV4(nn.Module):
     strides 8, 16, 32, each (B, 3 * (5 + num_classes), H / stride, W / stride); the channels of an
     anchor are tx, ty, tw, th, objectness, classes. Modules are registered in the order of
     darknet's convolutions, which its weight files follow.
-    Raises UserError for a class count below 1, a multiplier not above 0, or another input shape.
+
+    Args:
+        width: Multiplier of the channels.
+        depth: Multiplier of the residual blocks.
+
+    Raises:
+        UserError: For a class count below 1, a multiplier not above 0, or another input shape.
     """
 
     def __init__(self, num_classes: int, *, width: float = 1.0, depth: float = 1.0):
@@ -73,7 +79,8 @@ class YoloV4(nn.Module):
     def set_objectness_prior(self, pi: float) -> None:
         """Set the objectness biases so that a cell starts at probability pi (Lin et al. 2017).
 
-        Raises UserError unless 0 < pi < 1.
+        Raises:
+            UserError: Unless 0 < pi < 1.
         """
         if not 0 < pi < 1:
             raise UserError(f"objectness prior {pi}: give a probability between 0 and 1.")
@@ -84,6 +91,7 @@ class YoloV4(nn.Module):
 
 
 def check_arguments(num_classes: int, width: float, depth: float) -> None:
+    """Raise UserError for a class count below 1 or a multiplier not above 0."""
     if num_classes < 1:
         raise UserError(f"{num_classes} classes: a detector needs at least one.")
     for name, value in (("width", width), ("depth", depth)):
@@ -92,6 +100,7 @@ def check_arguments(num_classes: int, width: float, depth: float) -> None:
 
 
 def check_input(shape: torch.Size) -> None:
+    """Raise UserError unless the shape is (B, 3, H, W) with H and W multiples of 32."""
     if len(shape) != 4 or shape[1] != 3:
         raise UserError(f"input of shape {tuple(shape)}: the network takes (B, 3, H, W).")
     height, width = shape[2:]
@@ -103,14 +112,19 @@ def check_input(shape: torch.Size) -> None:
 
 
 def initialise(model: YoloV4, kind: str = "kaiming") -> None:
-    """Weights for training from scratch: "kaiming", or "normal" as the original fork.
+    """Set the weights for training from scratch.
 
     BN hides a weight's scale from the forward pass: the scale only sets how far a step turns it.
     Kaiming gives each filter the norm sqrt(2) whatever its fan-in, so that one learning rate
     suits all layers and widths; BN keeps torch's gamma 1 and beta 0. The output convolutions have
     no BN and start near 0: boxes begin as the anchors, probabilities as the biases say.
-    "normal" is N(0, .02) for convolutions and N(1, .02) for BN's gamma.
-    Raises UserError for another kind.
+
+    Args:
+        kind: "kaiming", or "normal" as in the original fork: N(0, .02) for convolutions and
+            N(1, .02) for BN's gamma.
+
+    Raises:
+        UserError: For another kind.
     """
     if kind not in ("kaiming", "normal"):
         raise UserError(f"init {kind!r} is unknown. Allowed: kaiming, normal.")

@@ -18,7 +18,11 @@ BLOCK = 2**18  # elements; three or four blocks of 1 MiB stay in the L2 and L3 c
 
 
 class FastMish(nn.Mish):
-    """x tanh(softplus(x)). inplace: overwrite the input if it has no gaps; for detection only."""
+    """x tanh(softplus(x)).
+
+    Args:
+        inplace: Overwrite the input if it has no gaps; for detection only.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_plain_cpu(x):
@@ -31,7 +35,7 @@ class FastMish(nn.Mish):
 
 
 class _Mish(torch.autograd.Function):
-    """Keeps its input alone."""
+    """Keeps only its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -46,22 +50,22 @@ class _Mish(torch.autograd.Function):
 
 
 def mish_(x: Tensor) -> Tensor:
-    """Overwrite x, dense in any order of memory, with mish(x); returns it."""
+    """Overwrite x, dense in any memory order, with mish(x); returns it."""
     return in_blocks(_mish_block, x)
 
 
 def mish_backward_(x: Tensor, grad: Tensor) -> Tensor:
-    """Overwrite x, dense in any order of memory, with grad * mish'(x); returns it."""
+    """Overwrite x, dense in any memory order, with grad * mish'(x); returns it."""
     return in_blocks(_mish_backward_block, x, grad)
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether x has no gaps, in one of the two usual orders."""
+    """Whether x has no gaps, in one of the two usual memory orders."""
     return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
 def dense_copy(x: Tensor) -> Tensor:
-    """A copy without gaps, in the order of memory that x has."""
+    """A copy without gaps, in the memory order of x."""
     return x.detach().clone(memory_format=torch.preserve_format)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nets.cpu.kind import has_avx512, is_plain_cpu
 
-# Fewest input channels, and those times the output channels; by measurement with AVX2 and AVX-512,
-# other CPUs take AVX2's. With AVX2 it is 1.3 to 1.5 times as
-# fast as oneDNN from 128 to 256 channels on, 1.1 times from 128 to 128, and slower below; with
-# AVX-512 .9 times from 128 to 256 and 1.3 to 1.6 from 256 to 256 on (batch 1).
+# Fewest input channels, and fewest input times output channels, as measured; other CPUs use AVX2's.
+# Speed against oneDNN at batch 1: with AVX2 1.3 to 1.5 times from 128 to 256 channels on, 1.1 times
+# from 128 to 128, and slower below; with AVX-512 .9 times from 128 to 256 and 1.3 to 1.6 times from
+# 256 to 256 on.
 LEAST = {"AVX2": (128, 128 * 256), "AVX-512": (256, 256 * 256)}
 
 
@@ -25,7 +25,7 @@ class WinogradConv(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        assert conv.bias is not None  # `gains` sees to it
+        assert conv.bias is not None  # `gains` checks it
         basis = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
         basis, filters = basis.to(conv.weight), conv.weight.detach()
         # In the order of the transformed input: column of the tile, row, in, out.
@@ -56,7 +56,7 @@ class WinogradConv(nn.Module):
 
 
 def to_tiles(x: Tensor, dim: int, count: int) -> Tensor:
-    """(...) -> (4, ...): of `count` overlapping fours along `dim`, their four combinations."""
+    """(...) -> (4, ...): the four combinations of `count` overlapping fours along `dim`."""
     first, second, third, fourth = (
         x.narrow(dim, start, x.shape[dim] - 3).unfold(dim, 1, 2).squeeze(-1) for start in range(4)
     )
@@ -77,7 +77,7 @@ def from_tiles(x: Tensor) -> Tensor:
 
 
 def use_winograd(model: nn.Module) -> None:
-    """Replace, in place, the convolutions of a folded network on a CPU that gain by it."""
+    """Replace, in place, the convolutions of a folded network on a CPU that get faster by it."""
     for module in model.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and gains(child):

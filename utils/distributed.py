@@ -29,7 +29,7 @@ def world_size() -> int:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of every rank's `values`, written into them; in a single process they stay.
+    """Sum `values` over all ranks, in place; in a single process they stay.
 
     A collective call: every rank makes it, with one shape and dtype.
     """
@@ -44,11 +44,16 @@ def is_main() -> bool:
 
 
 def select_device(name: str) -> torch.device:
-    """The device for a name such as "cpu", "cuda", "cuda:1"; "" means CUDA when it can be used.
+    """The device for a name such as "cpu", "cuda" or "cuda:1".
 
-    Where "" finds no usable GPU, a warning gives the reason and the cure. Under torchrun each
-    process takes the GPU of its LOCAL_RANK.
-    Raises UserError for an unknown name or a device that this machine lacks or cannot use.
+    Under torchrun each process takes the GPU of its LOCAL_RANK.
+
+    Args:
+        name: "" means CUDA when it can be used, else the CPU. If a GPU seems to be meant, a warning
+            gives the reason and the cure.
+
+    Raises:
+        UserError: For an unknown name, or a device that this machine lacks or cannot use.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     name = name or _default_device(local_rank)
@@ -89,7 +94,7 @@ def _default_device(local_rank: int) -> str:
 
 @contextmanager
 def process_group(device: torch.device, *, timeout: timedelta | None = None) -> Iterator[None]:
-    """Join torchrun's process group for the time of the block; nothing in a single process.
+    """Join torchrun's process group for the duration of the block; nothing in a single process.
 
     An error in the block is printed and ends the process at once. torchrun then ends the others.
 
@@ -160,7 +165,10 @@ def patient_group() -> Iterator[dist.ProcessGroup | None]:
 def first_of_machine_first(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Local rank 0 runs the block first, then the node's other ranks.
 
-    What it leaves on the machine's disk is there for them. group: of all ranks; None is the usual.
+    They find on the machine's disk what it leaves there.
+
+    Args:
+        group: Of all ranks; None: the usual one.
     """
     waits = world_size() > 1 and int(os.environ["LOCAL_RANK"]) > 0
     if waits:
@@ -187,7 +195,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def broadcast_object(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """Rank 0's value on every rank. group: of all ranks; None is the usual."""
+    """Rank 0's value on every rank; `group` has all ranks, None is the usual one."""
     if world_size() == 1:
         return value
     box = [value]

@@ -41,9 +41,13 @@ def draw_boxes(
 ) -> np.ndarray:
     """A copy of an RGB uint8 (H, W, 3) image with boxes and labels.
 
-    boxes_xyxy: (n, 4) pixels, class_ids: (n,) indices into class_names, or -1 for an ignore
-    region, drawn dashed and labelled "difficult"; scores: (n,) or None for ground truth.
     Each class has its own colour, the same in every image; the highest score lies on top.
+
+    Args:
+        boxes_xyxy: (n, 4) pixels.
+        class_ids: (n,) indices into class_names, or -1 for an ignore region, drawn dashed and
+            labelled "difficult".
+        scores: (n,), or None for ground truth.
     """
     image = Image.fromarray(np.ascontiguousarray(image_rgb))
     drawing = ImageDraw.Draw(image)
@@ -71,7 +75,8 @@ def draw_boxes(
 def image_grid(images: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
     """RGB uint8 images, row by row in cells of the largest one's size, on grey.
 
-    Raises ValueError if there is no image or no column.
+    Raises:
+        ValueError: If there is no image or no column.
     """
     if not images or columns < 1:
         raise ValueError(f"need images and columns, got {len(images)} and {columns}")
@@ -89,10 +94,10 @@ def image_grid(images: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
 
 
 def class_colour(class_id: int) -> Colour:
-    """RGB of a class: neighbours in id are far apart in hue, and rounds differ in brightness."""
+    """RGB of a class: neighbouring ids are far apart in hue, groups of seven in brightness."""
     if class_id == IGNORED:
         return GREY
-    hue = (0.02 + class_id * 0.6180339887) % 1  # the golden ratio never comes back to a hue
+    hue = (0.02 + class_id * 0.6180339887) % 1  # by the golden ratio no hue comes twice
     saturation = (0.9, 0.6, 0.95)[class_id // 7 % 3]
     value = (1.0, 0.95, 0.7)[class_id // 7 % 3]
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
@@ -127,7 +132,7 @@ def label(class_id: int, class_names: Sequence[str], score: float | None, font: 
 def draw_outline(
     drawing: ImageDraw.ImageDraw, box: Sequence[float], colour: Colour, line_width: int
 ) -> None:
-    """A line in the class's colour between two hairlines of contrast, on any ground visible."""
+    """Draw a box in its class's colour between contrasting hairlines: visible on any background."""
     width, height = drawing.im.size
     x1, x2 = (min(max(round(value), 0), width - 1) for value in (box[0], box[2] - 1))
     y1, y2 = (min(max(round(value), 0), height - 1) for value in (box[1], box[3] - 1))
@@ -143,7 +148,7 @@ def draw_outline(
 def draw_dashes(
     drawing: ImageDraw.ImageDraw, corners: tuple[int, int, int, int], line_width: int
 ) -> None:
-    """A rectangle of grey dashes, black in the gaps."""
+    """Draw a rectangle of grey dashes with black gaps."""
     x1, y1, x2, y2 = corners
     step = 4 * line_width
     drawing.rectangle(corners, outline=(0, 0, 0), width=line_width)
@@ -161,7 +166,7 @@ def place_labels(
     font: Font,
     image_wh: tuple[int, int],
 ) -> np.ndarray:
-    """For each box the place that covers least of the labels before it: (n, 4) whole pixels."""
+    """(n, 4) whole pixels: per box the place that covers least of the labels before it."""
     places = np.zeros((len(boxes), 4), dtype=int)
     for index, (box, text) in enumerate(zip(boxes, texts, strict=True)):
         candidates = candidate_places(box, label_size(text, font), image_wh)
@@ -201,14 +206,14 @@ def margin(font: Font) -> int:
 def draw_label(
     drawing: ImageDraw.ImageDraw, place: np.ndarray, text: str, colour: Colour, font: Font
 ) -> None:
-    """The text on a ground of its class's colour. place: (4,) xyxy, whole pixels."""
+    """Draw the text on a ground of its class's colour, at `place`: (4,) xyxy, whole pixels."""
     left, top, right, bottom = place.tolist()
     drawing.rectangle((left, top, right - 1, bottom - 1), fill=colour)
     drawing.text((left + margin(font), top), text, fill=text_colour(colour), font=font)
 
 
 def fitting_font(font: Font, texts: Sequence[str], width: int) -> Font:
-    """The font at a size that fits the longest label into `width`, or the smallest legible."""
+    """The font at a size that fits the longest label into `width`, or the smallest legible one."""
     longest = max(texts, key=len, default="")
     while font.size > 8 and label_size(longest, font)[0] > width:
         font = font.font_variant(size=font.size - 1)
@@ -217,7 +222,7 @@ def fitting_font(font: Font, texts: Sequence[str], width: int) -> Font:
 
 @lru_cache(maxsize=64)  # the search takes milliseconds, and every frame of a video repeats it
 def font_for(letters: str, size: int) -> Font:
-    """Pillow's embedded font, or, for other scripts, the installed one that has most letters."""
+    """Pillow's embedded font, or, for other scripts, the installed one with the most letters."""
     embedded = ImageFont.load_default(size)
     assert isinstance(embedded, Font)  # what Pillow gives where the size is chosen
     if not missing_letters(embedded, letters):
@@ -227,7 +232,7 @@ def font_for(letters: str, size: int) -> Font:
 
 
 def installed_fonts(size: int) -> Iterator[Font]:
-    """Those of SYSTEM_FONTS that this machine has."""
+    """The fonts of SYSTEM_FONTS that this machine has."""
     for name in SYSTEM_FONTS:
         with suppress(OSError):
             yield ImageFont.truetype(name, size)
@@ -235,6 +240,6 @@ def installed_fonts(size: int) -> Iterator[Font]:
 
 @lru_cache(maxsize=1024)
 def missing_letters(font: Font, letters: str) -> frozenset[str]:
-    """Those letters that are drawn as the font's sign for a missing one."""
+    """The letters that the font draws as its sign for a missing one."""
     sign = bytes(font.getmask("\U0010fffe"))
     return frozenset(x for x in set(letters) - {" "} if bytes(font.getmask(x)) == sign)

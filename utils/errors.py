@@ -28,14 +28,17 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Print an error as a script's user sees it; returns the exit status.
+    """Print an error as a script's user sees it.
 
-    A UserError is its message alone, an unexpected error has its traceback.
+    A UserError is printed as its message alone, an unexpected error with its traceback.
+
+    Returns:
+        The exit status.
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     if isinstance(error, UserError):
-        # One of a DataLoader's worker comes as text, behind its traceback.
+        # One from a DataLoader worker arrives as text, after its traceback.
         message = str(error).rpartition("utils.errors.UserError: ")[2].rstrip()
         print(f"error: {message}", file=sys.stderr)
         return 2

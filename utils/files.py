@@ -1,4 +1,4 @@
-"""Files that are replaced in one go: whoever reads them sees the old content or all of the new."""
+"""Replace files in one go: a reader sees the old content or all of the new."""
 
 import os
 from collections.abc import Iterator
@@ -11,13 +11,18 @@ from utils.errors import UserError
 
 @contextmanager
 def replacing(path: str | Path, *, tag: str = "tmp") -> Iterator[BinaryIO]:
-    """A file to write, flushed to disk and renamed over `path` if the block ends well.
+    """Open a file to write; if the block succeeds, it is flushed to disk and renamed to `path`.
 
-    An error in the block leaves the old file alone. tag: another one for each of several processes
-    that may write the same file at once. Raises UserError if it cannot be written.
+    An error in the block leaves the old file unchanged.
+
+    Args:
+        tag: A different one for each of several processes that may write the same file at once.
+
+    Raises:
+        UserError: If the file cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{tag}")  # one name: what a crash left is written over
+    temporary = path.with_name(f".{path.name}.{tag}")  # fixed: a crash's file is overwritten
     try:
         with open(temporary, "wb") as file:
             yield file

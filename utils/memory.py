@@ -19,7 +19,7 @@ TEXTS = (
     "can't allocate memory",
     "not enough memory",  # the CPU of Windows
 )
-# For a training
+# The cure in training.
 LESS_MEMORY = (
     "Start again with half the --batch_size (double --accumulate keeps the update), --recompute, a "
     "smaller --input_shape or less --multi_scale; on a CPU also with fewer --num_workers or a "
@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def memory_cure(cure: str) -> Iterator[None]:
-    """A UserError with this cure where memory runs out in the block."""
+    """Raise a UserError with this cure if memory runs out in the block."""
     try:
         yield
     except Exception as error:
@@ -52,9 +52,10 @@ class FittingBatch:
         self.size = size
 
     def run(self, work: Callable[[int], Result]) -> Result:
-        """`work(size)`, again from its start with half the size where memory runs out.
+        """Call `work(size)`, again from its start with half the size whenever memory runs out.
 
-        Raises UserError where it runs out at size 1.
+        Raises:
+            UserError: If memory runs out at size 1.
         """
         while True:
             try:

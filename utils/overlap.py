@@ -1,4 +1,4 @@
-"""Reading and writing beside the network: a thread before it and a thread behind it."""
+"""Read and write in parallel with the network: one thread before it and one behind it."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ Item = TypeVar("Item")
 def ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The items, each made by a thread while the one before it is in use.
 
-    An error of theirs is raised where the item would have come.
+    An error in making an item is raised in its place.
     """
     iterator = iter(items)
     with ThreadPoolExecutor(1) as pool:
@@ -45,12 +45,12 @@ class Behind:
         return self
 
     def __call__(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Have `work(*arguments)` done."""
+        """Queue `work(*arguments)`, once fewer than `limit` calls are left."""
         self.wait(self.limit - 1)
         self._calls.append(self._pool.submit(work, *arguments))
 
     def wait(self, left: int = 0) -> None:
-        """Until so many calls are left."""
+        """Wait until at most `left` calls are left."""
         while self._calls and (len(self._calls) > left or self._calls[0].done()):
             self._calls.popleft().result()
 

@@ -15,16 +15,21 @@ VIDEO_SUFFIXES = (  # in lower case
     *(".ts", ".mts", ".m2ts", ".3gp", ".ogv", ".gif"),
 )
 FALLBACK_FPS = 25.0
-MAX_FPS = 1000.0  # beyond it stands a container's clock (90000), not a frame rate
+MAX_FPS = 1000.0  # a higher one is a container's clock (90000), not a frame rate
 
 
 class VideoReader:
     """The frames of a video file as upright RGB uint8 (H, W, 3); each iteration starts anew.
 
-    fps: frames a second. size_hw: (height, width) of the first frame, turned upright.
-    frame_count: the container's own count, 0 if it has none. notes: what was odd, as sentences;
-    whether the count was right is known after a whole iteration.
-    Raises UserError if the file is missing or no frame of it can be decoded.
+    Attributes:
+        fps: Frames per second.
+        size_hw: (height, width) of the first frame, turned upright.
+        frame_count: The container's own count, 0 if it has none.
+        notes: What was odd, as sentences. Whether the count was right is known after a whole
+            iteration.
+
+    Raises:
+        UserError: If the file is missing or no frame of it can be decoded.
     """
 
     def __init__(self, path: str | Path):
@@ -83,10 +88,16 @@ class VideoReader:
 class VideoWriter:
     """Write RGB uint8 frames to an .mp4 file (MPEG-4 Part 2, which every OpenCV wheel has).
 
-    A context manager. size_hw: (height, width). The codec knows even sizes only, and OpenCV would
-    cut off an odd last row or column: it is repeated instead, so the video has `padded_hw`.
-    Raises UserError if no video can be written there (found by writing and reading one frame),
-    and on leaving if the finished file does not hold every frame.
+    A context manager. The codec takes even sizes only, and OpenCV would cut off an odd last row or
+    column: it is repeated instead, so the video has `padded_hw`.
+
+    Args:
+        fps: Frames per second.
+        size_hw: (height, width) of the frames.
+
+    Raises:
+        UserError: If no video can be written there (found by writing and reading one frame), and on
+            leaving if the finished file does not hold every frame.
     """
 
     def __init__(self, path: str | Path, fps: float, size_hw: tuple[int, int]):
@@ -107,7 +118,7 @@ class VideoWriter:
             self._verify(self.path, self.frames_written)
 
     def write(self, frame: np.ndarray) -> None:
-        """Append a frame; one of another size (a stream that changed it) is resized."""
+        """Append a frame; a frame of another size (the stream has changed it) is resized."""
         frame_bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         if frame.shape[:2] != self.size_hw:
             frame_bgr = cv2.resize(frame_bgr, self.size_hw[::-1], interpolation=cv2.INTER_AREA)
@@ -137,7 +148,7 @@ class VideoWriter:
             raise UserError(f"{self.path.parent}: cannot be written to ({error}).") from None
 
     def _verify(self, path: Path, frames: int) -> None:
-        """Raise UserError unless the file holds so many frames and its first one decodes."""
+        """Raise UserError unless the file holds `frames` frames and its first one decodes."""
         capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
         try:
             ok, first = capture.read()

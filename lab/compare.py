@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def plan_of(config: Config, rest: list[str]) -> Plan:
-    """The plan that this command line gives, its losses spelled as in the folder's plan."""
+    """The plan of this command line, with the losses spelled as in the folder's plan."""
     old = read_plan(Path(config.save_dir))
     flags = {"train": [config.train], "val": [config.val], "epochs": [str(config.epochs)]}
     plan = Plan(
@@ -83,7 +83,7 @@ def plan_of(config: Config, rest: list[str]) -> Plan:
 
 
 def check_inputs(plan: Plan, jobs: int) -> None:
-    """Everything that would otherwise be found wrong hours later: losses, and the test split."""
+    """Find now what would otherwise fail hours later: wrong losses, a wrong test split."""
     if jobs < 1 or plan.epochs < 1:
         raise UserError(f"--jobs {jobs}, --epochs {plan.epochs}: give 1 or more.")
     for loss in plan.losses:
@@ -108,7 +108,7 @@ def make_folder(save_dir: Path) -> None:
 
 
 def whole_plan(plan: Plan, save_dir: Path) -> Plan:
-    """This plan with what the folder's earlier plan holds beside it, if any run of that began."""
+    """This plan joined with the folder's earlier plan, if any run of that one has begun."""
     old = read_plan(save_dir)
     if old is None or not any(save_dir.glob("runs/*/*/config.json")):
         return plan
@@ -118,7 +118,7 @@ def whole_plan(plan: Plan, save_dir: Path) -> Plan:
 
 
 def changed_settings(plan: Plan, save_dir: Path) -> list[str]:
-    """A sentence for each loss that declares now what its earlier runs were not trained with."""
+    """A sentence per loss whose settings differ now from those of its earlier runs."""
     notes = []
     results = read_results(plan, save_dir)
     for loss in plan.losses:
@@ -132,7 +132,14 @@ def changed_settings(plan: Plan, save_dir: Path) -> list[str]:
 
 
 def carry_out(plan: Plan, save_dir: Path, *, jobs: int, held: Sequence[int] = ()) -> list[str]:
-    """Train and evaluate what is unfinished. Returns what failed; exits with 130 when stopped."""
+    """Train and evaluate the unfinished runs; exit with status 130 if stopped.
+
+    Args:
+        held: File descriptors for the child processes, from `folder_lock`.
+
+    Returns:
+        A message per failed run.
+    """
     laboratory = Laboratory(plan, save_dir, jobs=jobs, held=held)
     total, done = len(laboratory.runs), len(laboratory.finished)
     print(f"{total} runs of {plan.epochs} epochs, {done} finished; they are in {save_dir / 'runs'}")
@@ -143,7 +150,7 @@ def carry_out(plan: Plan, save_dir: Path, *, jobs: int, held: Sequence[int] = ()
 
 
 def losses_to_report(config: Config, typed: Sequence[str]) -> tuple[str, ...]:
-    """The losses that were typed, () for all. Raises UserError for flags that a report ignores."""
+    """The losses that were typed, () for all; raise UserError for flags that a report ignores."""
     flags = parse_flags(typed)
     unused = [name for name in flags if name not in REPORT_FLAGS]
     if unused:
@@ -155,7 +162,7 @@ def losses_to_report(config: Config, typed: Sequence[str]) -> tuple[str, ...]:
 
 
 def report(save_dir: Path, losses: Sequence[str] = ()) -> None:
-    """Write the reports of a folder's plan: of all losses, or of these, compared to the first."""
+    """Write the reports of a folder's plan: of all losses, or of these, against the first one."""
     plan = read_plan(save_dir)
     if plan is None:
         raise UserError(f"{save_dir} holds no plan.json. Give the --save_dir of a comparison.")
@@ -174,7 +181,7 @@ def report(save_dir: Path, losses: Sequence[str] = ()) -> None:
 
 
 def project_version() -> str:
-    """This project's commit as git describes it, "" for a copy that is no repository of its own."""
+    """This project's commit as git describes it; "" for a copy outside a repository of its own."""
     if not (ROOT / ".git").exists():  # git would answer for a repository around it
         return ""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]

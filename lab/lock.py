@@ -1,4 +1,4 @@
-"""One comparison at a time in a folder, its trainings included."""
+"""Only one comparison at a time in a folder, including its trainings."""
 
 import os
 from collections.abc import Iterator
@@ -11,16 +11,21 @@ from utils.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # a module that is not there has no other form
+    fcntl = None  # type: ignore[assignment]  # None in place of a missing module
 
 
 @contextmanager
 def folder_lock(save_dir: Path) -> Iterator[tuple[int, ...]]:
-    """Hold a folder. Yields the file descriptors for `pass_fds` of every child.
+    """Lock the folder of a comparison.
 
-    The lock belongs to the open file: a child that inherits it holds the folder even when this
-    process was killed. Windows has nothing like it: there, only a living parent keeps others out.
-    Raises UserError if the folder is held.
+    The lock belongs to the open file: a child that inherits it holds the folder even after this
+    process was killed. Windows has no such lock: there, only a living parent keeps others out.
+
+    Yields:
+        The file descriptors for `pass_fds` of every child.
+
+    Raises:
+        UserError: If the folder is locked.
     """
     path = save_dir / "comparing.pid"
     if fcntl is None:
@@ -30,7 +35,7 @@ def folder_lock(save_dir: Path) -> Iterator[tuple[int, ...]]:
         finally:
             path.unlink(missing_ok=True)
         return
-    # The file stays: were it removed, two could each hold a file of this name.
+    # The file stays: otherwise two processes could each lock a file of this name.
     with open(path, "a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,7 +47,7 @@ def folder_lock(save_dir: Path) -> Iterator[tuple[int, ...]]:
 
 
 def _held(save_dir: Path, path: Path) -> str:
-    """By whom, and what to do about it."""
+    """Who holds the folder, and what to do about it."""
     number = path.read_text(encoding="ascii").strip()
     if number.isdigit() and is_running(int(number)):
         return f"{save_dir} is in use by process {number}. Wait for it, or give another --save_dir."

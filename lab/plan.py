@@ -1,4 +1,4 @@
-"""What lab.compare is to train: its runs, their folders, and plan.json."""
+"""The plan of lab.compare: its runs, their folders, and plan.json."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ from typing import Any
 from losses.conf.spec import SPEC
 from utils.errors import UserError
 
-# These of train.py are the plan's own: each run gets other values.
+# Flags of train.py that the plan sets: each run gets other values.
 OWN_FLAGS = {
     *("conf_loss", "focal_loss", "no_focal_loss", "focal_alpha", "focal_gamma"),
     *("seed", "resume"),
@@ -34,22 +34,22 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """What train.py and evaluate.py printed."""
+        """The output of train.py and evaluate.py."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def test_folder(self) -> Path:
-        """Where evaluate.py writes about the test split."""
+        """The output folder of evaluate.py on the test split."""
         return self.folder.with_name(f"{self.folder.name}-test")
 
     @property
     def source_hash(self) -> Path:
-        """Says which version of the user's file the loss was in when the training began."""
+        """File with the hash of the user's loss file at the start of the training."""
         return self.folder.with_name(f"{self.folder.name}.sha256")
 
     @property
     def failure(self) -> Path:
-        """Says how the last attempt failed; absent when it did not."""
+        """File that tells how the last attempt failed; absent if it did not fail."""
         return self.folder.with_name(f"{self.folder.name}.failed")
 
     def evaluation(self) -> dict[str, Any] | None:
@@ -59,11 +59,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every loss with every seed, all else alike.
+    """Every loss with every seed, all else equal.
 
-    test: the split for evaluate.py. flags: the flags of train.py, by name with underscores, each
-    with its values as typed. version: of this project, "" where git knows none. variants: for
-    names that are no confidence losses, what each changes, as further flags of train.py.
+    Attributes:
+        test: The split for evaluate.py.
+        flags: Flag of train.py, with underscores -> its values as typed.
+        version: Of this project; "" where git knows none.
+        variants: Name that is not a confidence loss -> what it changes, as further flags of
+            train.py.
     """
 
     losses: tuple[str, ...]
@@ -74,7 +77,7 @@ class Plan:
     variants: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def flags_of(self, name: str) -> list[str]:
-        """The flags of train.py that make a run one of this loss or variant."""
+        """The flags of train.py that select this loss or variant."""
         return list(self.variants.get(name, ("--conf_loss", name)))
 
     @property
@@ -82,7 +85,7 @@ class Plan:
         return int(self.flags["epochs"][0])
 
     def runs(self, save_dir: Path) -> list[Run]:
-        """Seed by seed, so that an early look compares all losses."""
+        """All runs, seed by seed, so that an early report compares all losses."""
         return [
             Run(loss, seed, save_dir / "runs" / slug(loss) / f"seed-{seed}")
             for seed in self.seeds
@@ -90,7 +93,7 @@ class Plan:
         ]
 
     def command(self, save_dir: Path) -> str:
-        """What carries this plan out."""
+        """The shell command that runs this plan."""
         losses = shlex.join(self.losses)
         seeds = " ".join(map(str, self.seeds))
         flags = shlex.join(["--test", self.test, *as_arguments(self.flags)])
@@ -101,15 +104,15 @@ class Plan:
 
 
 def slug(loss: str) -> str:
-    """A folder name for a loss: readable, and the loss's own by the checksum behind it."""
+    """A folder name for a loss: readable, and unique by its checksum."""
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", loss).strip("-.")[:48]
     return readable if readable == loss else f"{readable}-{zlib.crc32(loss.encode()):08x}"
 
 
 def normal_spec(loss: str) -> str:
-    """What two spellings of a loss have in common: no spaces, no empty brackets, sorted keys.
+    """One form for all spellings of a loss: no spaces, no empty brackets, sorted keys.
 
-    What cannot be read stays as it is: building the loss says what is wrong with it.
+    A spec that cannot be parsed stays as it is: building the loss reports the error.
     """
     match = SPEC.fullmatch(loss)
     if match is None:
@@ -127,15 +130,16 @@ def normal_spec(loss: str) -> str:
 
 
 def as_spelled(losses: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:
-    """The losses, each as it stands among the known ones if it differs in spelling only."""
+    """The losses, each in its known spelling if it differs from that in spelling only."""
     spelling = {normal_spec(loss): loss for loss in known}
     return tuple(spelling.get(normal_spec(loss), loss.strip()) for loss in losses)
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """train.py's flags as name -> values, `--lr 1`, `--lr=1` and `--save-dir` alike.
+    """Flags of train.py as name -> values; `--lr 1` and `--lr=1`, - and _ in names are equivalent.
 
-    Raises UserError for a flag that the plan sets itself, and for a value without a flag.
+    Raises:
+        UserError: For a flag that the plan sets itself, and for a value without a flag.
     """
     flags: dict[str, list[str]] = {}
     name = ""
@@ -164,7 +168,7 @@ def as_arguments(flags: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def check_distinct(plan: Plan) -> None:
-    """Raise UserError for a loss or a seed that stands in the plan twice, or for none at all."""
+    """Raise UserError if losses or seeds are empty or repeated, or if a seed is negative."""
     same = {"losses": [normal_spec(loss) for loss in plan.losses], "seeds": plan.seeds}
     for name, given in (("losses", plan.losses), ("seeds", plan.seeds)):
         if not given:
@@ -181,7 +185,8 @@ def check_distinct(plan: Plan) -> None:
 def join_plans(old: Plan, new: Plan, save_dir: Path) -> Plan:
     """The old plan with the new one's further losses and seeds.
 
-    Raises UserError naming the first difference in anything else: such runs cannot be compared.
+    Raises:
+        UserError: With the first difference in anything else: such runs cannot be compared.
     """
     before, now = ({"test": [plan.test], **plan.flags} for plan in (old, new))
     for name in [*before, *now]:
@@ -203,7 +208,7 @@ def join_plans(old: Plan, new: Plan, save_dir: Path) -> Plan:
 
 
 def join_versions(old: str, new: str) -> str:
-    """ "v1 and v2": all that had a part in it; UNKNOWN_VERSION for one that git does not know."""
+    """ "v1 and v2": all versions that took part, UNKNOWN_VERSION for one unknown to git."""
     if old == new:
         return old
     versions = (*(old or UNKNOWN_VERSION).split(" and "), new or UNKNOWN_VERSION)
@@ -215,7 +220,7 @@ def _typed(name: str, flags: Mapping[str, Sequence[str]]) -> str:
 
 
 def read_plan(save_dir: Path) -> Plan | None:
-    """The plan of a folder, None where there is none."""
+    """The plan of a folder, None if there is none; raise UserError for one of another version."""
     found = read_json(save_dir / "plan.json")
     if found is None:
         return None
@@ -244,7 +249,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or none: a reader never sees half of it."""
+    """Write a whole file or none: a reader never sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

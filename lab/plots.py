@@ -22,14 +22,18 @@ from utils.draw import draw_boxes
 DPI = 110
 IMAGES = 4
 IMAGE_SIDE = 320  # pixels, of the longer side of a detected image
-MOST_BOXES = 50  # drawn in an image: an unripe detector finds hundreds, which would hide it
+MOST_BOXES = 50  # drawn per image: an early detector finds hundreds, which would hide it
 GROUPS = {"positive": "#1b7837", "hard": "#d95f02", "easy": "#bdbdbd"}
 
 
 def plot_learning_curves(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
-    """Validation AP50 over epochs: mean of the seeds, and between them a band. False: no data.
+    """Plot validation AP50 over epochs: the mean over the seeds, and a band from lowest to highest.
 
-    results: loss -> its runs.
+    Args:
+        results: Loss -> its runs.
+
+    Returns:
+        False if there is no data.
     """
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -53,7 +57,7 @@ def plot_learning_curves(path: Path, results: Mapping[str, Sequence[Result]]) ->
 
 
 def plot_shares(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
-    """Whose gradient it is, over epochs, a panel a loss: means over the seeds. False: no data."""
+    """Plot gradient shares of cell groups over epochs, seed means, by loss. False: no data."""
     measured = {loss: gradient_shares(own) for loss, own in results.items()}
     found = {loss: shares for loss, shares in measured.items() if shares is not None}
     if not found:
@@ -78,8 +82,8 @@ def plot_shares(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
 
 
 def plot_cells(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
-    """Cumulative share of the loss from easy to hard cells, seeds added up. False: no data."""
-    # Of finished runs: an unripe network's loss, which is large, would rule the sum.
+    """Plot the cumulative loss share from easy to hard cells, seeds added up. False: no data."""
+    # Finished runs only: the large loss of an early network would dominate the sum.
     ripe = {
         loss: [own.cells for own in runs if own.finished and own.cells is not None]
         for loss, runs in results.items()
@@ -91,7 +95,7 @@ def plot_cells(path: Path, results: Mapping[str, Sequence[Result]]) -> bool:
 
 
 def over_seeds(results: Sequence[Result], key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Epochs (n,) where any seed has measured a column, and values (seeds, n), nan where not."""
+    """Epochs (n,) in which any seed has a value of `key`, and values (seeds, n), nan if missing."""
     curves = [dict(zip(*column(result.rows, key), strict=True)) for result in results]
     epochs = sorted(set().union(*curves))
     if not epochs:
@@ -101,7 +105,7 @@ def over_seeds(results: Sequence[Result], key: str) -> tuple[np.ndarray, np.ndar
 
 
 def gradient_shares(results: Sequence[Result]) -> tuple[np.ndarray, list[np.ndarray]] | None:
-    """Epochs, and for each of GROUPS its share of |d conf / d logit|, the mean over seeds."""
+    """Epochs, and for each of GROUPS its share of |d conf / d logit|, as mean over seeds."""
     found = [over_seeds(results, f"conf_grad_{group}") for group in GROUPS]
     curves = [curve for curve in found if curve is not None]
     if len(curves) < len(GROUPS):
@@ -110,7 +114,7 @@ def gradient_shares(results: Sequence[Result]) -> tuple[np.ndarray, list[np.ndar
 
 
 def add_cells(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """conf_cells.json of one run or more, whose bins are alike, as one."""
+    """Sum conf_cells.json of one or more runs; their bins are equal."""
     groups = {
         group: {
             kind: np.sum([own[group][kind] for own in histograms], axis=0).tolist()
@@ -122,13 +126,13 @@ def add_cells(histograms: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def choose_images(samples: Sequence[Sample]) -> list[Sample]:
-    """IMAGES of them, evenly over the split."""
+    """IMAGES samples, evenly spaced over the split."""
     places = np.linspace(0, len(samples) - 1, min(IMAGES, len(samples))).round().astype(int)
     return [samples[place] for place in places]
 
 
 def draw_truth(samples: Sequence[Sample], class_names: Sequence[str]) -> list[np.ndarray]:
-    """The images, made small, with their objects."""
+    """The images, scaled down, with their objects."""
     drawn = []
     for sample in samples:
         image, factor = small(read_image(sample.image_path))
@@ -138,7 +142,7 @@ def draw_truth(samples: Sequence[Sample], class_names: Sequence[str]) -> list[np
 
 
 def draw_detected(result: Result, samples: Sequence[Sample]) -> tuple[list[np.ndarray], str]:
-    """The images, made small, with what the run's best.pt finds, and a word on which boxes."""
+    """The images, scaled down, with what the run's best.pt finds, and a text on which boxes."""
     device = (read_json(result.run.folder / "config.json") or {}).get("device") or None
     predictor = Predictor(result.run.folder / "best.pt", device=device)
     images = [read_image(sample.image_path) for sample in samples]
@@ -159,7 +163,7 @@ def draw_detected(result: Result, samples: Sequence[Sample]) -> tuple[list[np.nd
 
 
 def small(image: np.ndarray) -> tuple[np.ndarray, float]:
-    """An image that is no larger than the report shows it, and the factor of its size."""
+    """An image scaled down to the size in the report, and the scale factor."""
     factor = min(1.0, IMAGE_SIDE / max(image.shape[:2]))
     if factor == 1:
         return image, factor

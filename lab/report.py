@@ -1,4 +1,4 @@
-"""Writes results.csv, results.md and report.html, one file that needs nothing else."""
+"""Write results.csv, results.md and report.html, a page that needs no other file."""
 
 import base64
 import html
@@ -87,9 +87,13 @@ figure img { min-width: 36rem; max-width: 100%; background: #fff; padding: .5rem
 
 
 def write_reports(plan: Plan, save_dir: Path, *, left_out: Sequence[str] = ()) -> list[str]:
-    """All reports of what the runs have left so far. Returns what a reader has to know of them.
+    """Write all reports of what the runs have left so far.
 
-    left_out: losses of the folder that the plan does not hold.
+    Args:
+        left_out: Losses of the folder that the plan does not hold.
+
+    Returns:
+        Notes that a reader of the reports needs.
     """
     results = read_results(plan, save_dir)
     write_csv(save_dir / "results.csv", results)
@@ -112,7 +116,7 @@ def write_reports(plan: Plan, save_dir: Path, *, left_out: Sequence[str] = ()) -
 
 
 def summary(plan: Plan, results: Sequence[Result]) -> str:
-    """What was compared, and how much of it there is."""
+    """A sentence on what was compared, and how many runs are finished."""
     done, total = sum(result.finished for result in results), len(results)
     version = f", version {plan.version}" if plan.version else ""
     seeds = ", ".join(map(str, plan.seeds))
@@ -123,7 +127,7 @@ def summary(plan: Plan, results: Sequence[Result]) -> str:
 
 
 def settings_notes(grouped: Mapping[str, Sequence[Result]]) -> list[str]:
-    """What is known of losses whose runs were not all trained with the same settings."""
+    """Notes on losses whose runs were not all trained with the same settings."""
     losses: dict[str, list[str]] = {}
     for loss, results in grouped.items():
         begun = (result for result in results if result.begun)
@@ -144,7 +148,7 @@ def markdown(
     tables: Sequence[Table],
     figures: Sequence[tuple[str, str, str]],
 ) -> str:
-    """results.md; its images lie beside it."""
+    """The text of results.md; its images lie beside it."""
     parts = ["# Confidence losses compared", *head, f"```sh\n{plan.command(save_dir)}\n```"]
     parts += [markdown_table(table) for table in tables]
     parts += HOW_TO_READ
@@ -170,7 +174,7 @@ def page(
     tables: Sequence[Table],
     sections: Sequence[str],
 ) -> str:
-    """report.html."""
+    """The text of report.html."""
     body = "\n".join(
         (
             "<h1>Confidence losses compared</h1>",
@@ -202,7 +206,7 @@ def html_table(table: Table) -> str:
 
 
 def html_cell(text: str) -> str:
-    """All lines but the first are small, a spread, too; what exceeds the noise is bold."""
+    """A table cell: lines after the first and spreads are small, differences above noise bold."""
     first, *others = html.escape(text).replace(" ± ", "\n± ").split("\n")
     below = "".join(f'<span class="small">{line}</span>' for line in others)
     style = ' class="yes"' if text == "yes" or text.endswith(": yes") else ""
@@ -219,7 +223,7 @@ def figure_section(save_dir: Path, title: str, name: str, caption: str) -> str:
 
 
 def image_tag(data: bytes, kind: str, alt: str) -> str:
-    """An image inside the page itself."""
+    """An <img> tag that holds the image itself."""
     text = base64.b64encode(data).decode("ascii")
     return f'<img src="data:{kind};base64,{text}" alt="{html.escape(alt)}">'
 

@@ -1,4 +1,4 @@
-"""What the runs of a comparison have measured, and what of it exceeds the noise."""
+"""Metrics of the runs of a comparison, and which differences exceed the noise."""
 
 import csv
 import io
@@ -29,10 +29,14 @@ MAX_DIGITS = 6
 class Result:
     """What a run has left so far.
 
-    figures: of the test split and the step time, by the names of the report's columns; those that
-    were not measured are absent. failure: how the last attempt failed, "" if it did not.
-    rows: metrics.csv. cells: conf_cells.json, None without. settings: what the loss declared, None
-    for a run that has not begun or is older than their record.
+    Attributes:
+        failure: How the last attempt failed; "" if it did not.
+        figures: Metrics of the test split, and times, by the names of the report's columns; those
+            that were not measured are absent.
+        rows: metrics.csv.
+        cells: conf_cells.json; None without.
+        settings: What the loss declared; None for a run that has not begun or is older than this
+            record.
     """
 
     run: Run
@@ -49,14 +53,14 @@ class Result:
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds, which is nan for a single one."""
+    """Mean and sample standard deviation over seeds; the latter is nan for a single seed."""
 
     mean: float
     deviation: float
 
 
 class Difference(NamedTuple):
-    """Mean over the pairs of one seed, and its 95% confidence interval, nan for a single pair."""
+    """Mean difference over pairs of equal seed, 95% confidence interval; nan for a single pair."""
 
     mean: float
     low: float
@@ -65,7 +69,7 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Whether 0 lies outside the interval."""
+        """Whether 0 lies outside the interval: yes, no or unknown."""
         if self.pairs == 1:
             return "unknown"
         return "no" if self.low <= 0 <= self.high else "yes"
@@ -101,7 +105,7 @@ def read_text(path: Path) -> str:
 
 
 def test_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The report's columns out of an evaluation.json; nan where it has none."""
+    """The report's columns from an evaluation.json; nan where it has none."""
     fixed = evaluation.get("at_checkpoint_threshold") or {}
     return {
         "AP50": number(evaluation.get("AP50")),
@@ -117,7 +121,7 @@ def test_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def step_time(rows: Sequence[Mapping[str, str]]) -> float:
-    """Median over epochs of the milliseconds a step, evaluation apart; nan without an epoch."""
+    """Median over epochs of the milliseconds per step, without evaluation; nan without an epoch."""
     steps = [int(row["step"]) for row in rows]
     counts = (after - before for before, after in zip([0, *steps], steps, strict=False))
     times = [
@@ -129,19 +133,19 @@ def step_time(rows: Sequence[Mapping[str, str]]) -> float:
 
 
 def columns(results: Iterable[Result]) -> list[str]:
-    """Names of all figures that any run has, in the order of test_figures, the step time last."""
+    """Names of all metrics that any run has, in the order of test_figures, the step time last."""
     names = dict.fromkeys(name for result in results for name in result.figures)
     return sorted(names, key=lambda name: name == STEP_TIME)
 
 
 def by_seed(results: Iterable[Result], loss: str, name: str) -> dict[int, float]:
-    """A figure of a loss, for the seeds where it was measured."""
+    """Seed -> a metric of a loss, where it was measured."""
     own = (result for result in results if result.run.loss == loss)
     return {result.run.seed: result.figures[name] for result in own if name in result.figures}
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """None without values."""
+    """Mean and sample standard deviation; None without values."""
     if not values:
         return None
     deviation = statistics.stdev(values) if len(values) > 1 else math.nan
@@ -149,10 +153,13 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def difference(own: Mapping[int, float], first: Mapping[int, float]) -> Difference | None:
-    """Of a loss to the first one, over the seeds that both have; None without any.
+    """The difference of a loss to the first one, over the seeds that both have; None without any.
 
-    The same seed means the same initial weights and batches: what both share drops out of the
+    The same seed means the same initial weights and batches. What both share drops out of the
     pair's difference, and the interval is mean +- t s / sqrt(n) over the pairs alone.
+
+    Args:
+        own, first: Seed -> value, of the loss and of the first one.
     """
     pairs = [own[seed] - first[seed] for seed in own if seed in first]
     found = spread(pairs)
@@ -186,14 +193,14 @@ def difference_text(found: Difference | None, name: str) -> str:
 
 
 def digits_of(name: str, *values: float) -> int:
-    """Decimals worth printing: so many that none of the values, unless it is 0, becomes 0."""
+    """Decimals to print: enough, up to MAX_DIGITS, that no value other than 0 becomes 0."""
     usual = 1 if name == STEP_TIME else 3
     needed = [-math.floor(math.log10(abs(value))) for value in values if value]
     return min(max(usual, *needed), MAX_DIGITS) if needed else usual
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
-    """results.csv: a line a run with every figure, empty where not measured."""
+    """Write results.csv: a line per run with every metric, empty where not measured."""
     names = columns(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -1,4 +1,4 @@
-"""Carries out a plan: train.py and evaluate.py as child processes, with progress over all."""
+"""Run a plan: train.py and evaluate.py as child processes, with progress over all."""
 
 import os
 import shutil
@@ -31,7 +31,9 @@ EVALUATION_FLAGS = ("device", "batch_size", "num_workers", "skip_bad", "include_
 class Child:
     """The process that works on a run: its training, then its evaluation.
 
-    held: file descriptors that it keeps open, those of the folder's lock.
+    Args:
+        threads: Default of OMP_NUM_THREADS.
+        held: File descriptors that it keeps open, those of the folder's lock.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Child:
         held: Sequence[int] = (),
     ):
         self.run, self.evaluates = run, evaluates
-        # A bar of each child would fill its log; one thread too many makes all of them slow.
+        # A progress bar per child would fill its log; one thread too many slows all of them down.
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         environment |= {"TQDM_MININTERVAL": "60", "PYTHONUNBUFFERED": "1"}
         run.log.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ class Child:
             )
 
     def stop(self) -> None:
-        """Ask to stop: a training saves itself first."""
+        """Ask the process to stop; a training saves itself first."""
         # Not SIGINT: a child that is still importing would swallow it or print a traceback.
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
@@ -73,8 +75,12 @@ class Child:
 class Laboratory:
     """Trains and evaluates a plan's unfinished runs, `jobs` at a time.
 
-    held: see Child. Raises UserError for a run that a process left over still trains, and for one
-    of another version of the user's own loss.
+    Args:
+        held: As for `Child`.
+
+    Raises:
+        UserError: For a run that a leftover process still trains, and for one that was trained with
+            another version of the user's own loss.
     """
 
     def __init__(self, plan: Plan, save_dir: Path, *, jobs: int, held: Sequence[int] = ()):
@@ -92,9 +98,13 @@ class Laboratory:
             check_free(run)
 
     def work(self) -> bool:
-        """Work until all runs are finished or have failed. False when asked to stop before.
+        """Work until all runs are finished or have failed.
 
-        Raises UserError when a training refuses what the plan gives it.
+        Returns:
+            False if asked to stop before.
+
+        Raises:
+            UserError: If a training rejects its flags or data, or the user's loss file has changed.
         """
         bar = tqdm(
             total=self.plan.epochs * len(self.runs),
@@ -143,7 +153,7 @@ class Laboratory:
         self.children.append(child)
 
     def _reap(self) -> None:
-        """Take in the children that have ended: a trained run is evaluated next."""
+        """Collect the children that have ended; a trained run is evaluated next."""
         for child in [child for child in self.children if child.process.poll() is not None]:
             self.children.remove(child)
             if self.stop_requested:
@@ -167,7 +177,7 @@ class Laboratory:
         tqdm.write(f"{run}: AP50 {number(evaluation['AP50']):.4f} on {self.plan.test}")
 
     def _failed(self, child: Child) -> None:
-        """Show the log's end. The other runs go on, unless theirs would end in the same way."""
+        """Print the end of the log. Other runs continue, unless they would fail in the same way."""
         status, run = child.process.returncode, child.run
         how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         run.failure.write_text(how, encoding="utf-8")
@@ -181,7 +191,7 @@ class Laboratory:
         self.failures.append(f"{run} {how}, see {run.log}")
 
     def _stop_children(self) -> None:
-        """Ask all children to stop and wait for them: a training saves what it has learnt."""
+        """Ask all children to stop and wait for them: a training saves its state."""
         asked = -float(STOP_SECONDS)
         while any(child.process.poll() is None for child in self.children):
             if time.monotonic() - asked > STOP_SECONDS:
@@ -206,7 +216,7 @@ class Laboratory:
 
 
 def check_free(run: Run) -> None:
-    """Raise UserError if a process still trains this run: one whose parent was killed."""
+    """Raise UserError if a leftover process, whose parent was killed, still trains this run."""
     lock = run.folder / "running.pid"
     number = lock.read_text(encoding="ascii").strip() if lock.exists() else ""
     if number.isdigit() and is_running(int(number)):
@@ -218,7 +228,10 @@ def check_free(run: Run) -> None:
 
 
 def train_command(run: Run, plan: Plan) -> list[str]:
-    """Start the run, or resume it from last.pt; a run without one starts again."""
+    """The command that resumes a run from last.pt.
+
+    Without last.pt the command starts the run anew, and the run's folder is deleted here.
+    """
     script = str(ROOT / "train.py")
     if (run.folder / "last.pt").exists():
         own = ["--conf_loss", run.loss] if ":" in run.loss else []
@@ -232,7 +245,7 @@ def train_command(run: Run, plan: Plan) -> list[str]:
 
 
 def evaluate_command(run: Run, plan: Plan) -> list[str]:
-    """best.pt on the test split, by the training's own means."""
+    """The command to evaluate best.pt on the test split, with the settings of the training."""
     config = read_json(run.folder / "config.json") or {}
     flags: dict[str, list[str]] = {}
     for name in EVALUATION_FLAGS:

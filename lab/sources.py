@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 def source_hash(loss: str) -> str:
-    """SHA-256 of the file that a `module:Class` is in, as it is now; "" for a registered loss.
+    """SHA-256 of the present file of a `module:Class` loss; "" for a registered loss.
 
     The loss must have been built in this process. What the file imports does not count.
     """
@@ -26,16 +26,17 @@ def source_hash(loss: str) -> str:
 
 
 def record_source(run: Run, current: str) -> None:
-    """Keep a `source_hash` beside a run that is about to train."""
+    """Store a `source_hash` beside a run that is about to train."""
     if current:
         run.source_hash.parent.mkdir(parents=True, exist_ok=True)
         run.source_hash.write_text(current, encoding="ascii")
 
 
 def check_source(run: Run, current: str) -> None:
-    """Raise UserError if what the run has learnt comes from another version of the user's file.
+    """Raise UserError if the run was trained with another version of the user's file.
 
-    current: `source_hash` of its loss.
+    Args:
+        current: `source_hash` of its loss.
     """
     if not (run.folder / "last.pt").exists() and run.evaluation() is None:
         return  # it begins anew
@@ -51,7 +52,8 @@ def check_source(run: Run, current: str) -> None:
 def settings_difference(settings: Mapping[str, Mapping[str, Any] | None]) -> str:
     """What was not declared alike, as "gain 0.1 (seed 0), 1.0 (seed 1)"; "" if all agree.
 
-    settings: who -> the ConfSettings of a loss by name, None where none were recorded.
+    Args:
+        settings: Who -> the ConfSettings of a loss by name; None where none were recorded.
     """
     if not any(settings.values()):
         return ""

@@ -32,7 +32,7 @@ OVERALL, REST = "overall", "at the checkpoint's own threshold, and by class"
 
 
 class Table(NamedTuple):
-    """A cell may have several lines, of which all but the first are less important."""
+    """A cell may have several lines; all but the first are less important."""
 
     title: str
     header: list[str]
@@ -40,7 +40,7 @@ class Table(NamedTuple):
 
 
 def all_tables(plan: Plan, save_dir: Path, results: Sequence[Result]) -> list[Table]:
-    """What matters most, the rest, and the differences of both to the first loss."""
+    """Tables of the main metrics, of the rest, and of their differences to the first loss."""
     names = columns(results)
     main = [name for name in MAIN if name in names]
     rest = sorted(set(names) - set(main), key=names.index)
@@ -56,7 +56,7 @@ def all_tables(plan: Plan, save_dir: Path, results: Sequence[Result]) -> list[Ta
 def main_table(
     plan: Plan, save_dir: Path, results: Sequence[Result], names: Sequence[str]
 ) -> Table:
-    """A line a loss: which runs there are, mean and spread, and the difference in AP50."""
+    """A line per loss: which runs there are, mean and spread, and the difference in AP50."""
     first = plan.losses[0]
     header = ["loss", "runs", *names]
     if len(plan.losses) > 1:
@@ -91,13 +91,13 @@ def state(result: Result, plan: Plan, save_dir: Path) -> str:
 
 
 def figures_table(plan: Plan, results: Sequence[Result], names: Sequence[str]) -> Table:
-    """A line a loss: mean and spread of further figures."""
+    """A line per loss: mean and spread of further metrics."""
     rows = [[loss, *figure_cells(results, loss, names)] for loss in plan.losses]
     return Table(f"Mean and spread over the seeds: {REST}", ["loss", *names], rows)
 
 
 def figure_cells(results: Sequence[Result], loss: str, names: Sequence[str]) -> list[str]:
-    """Mean and spread; where not every finished run has a value, also how many have."""
+    """Mean and spread; if some finished runs have no value, also how many have one."""
     finished = sum(result.finished for result in results if result.run.loss == loss)
     cells = []
     for name in names:
@@ -108,14 +108,14 @@ def figure_cells(results: Sequence[Result], loss: str, names: Sequence[str]) -> 
 
 
 def paired(results: Sequence[Result], loss: str, first: str, name: str) -> Difference | None:
-    """The difference of two losses in one figure."""
+    """The difference of two losses in one metric."""
     return difference(by_seed(results, loss, name), by_seed(results, first, name))
 
 
 def differences_table(
     plan: Plan, results: Sequence[Result], names: Sequence[str], part: str
 ) -> Table:
-    """A line for each loss but the first: its paired differences, and which exceed the noise."""
+    """A line per loss but the first: its paired differences, and which exceed the noise."""
     first, *others = plan.losses
     rows = []
     for loss in others:

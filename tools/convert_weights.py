@@ -66,10 +66,14 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What is converted. network: without values. tensors: those of the network that there are.
+    """What is converted.
 
-    checkpoint: the source itself, or {} for a file of another kind. scale_xy: None: not known.
-    left_out: names in the file that this network has no place for.
+    Attributes:
+        network: Without values.
+        tensors: Those of the network's tensors that the file holds.
+        checkpoint: The source itself, or {} for a file of another kind.
+        scale_xy: Grid sensitivity; None if unknown.
+        left_out: Names in the file that this network has no place for.
     """
 
     weights: WeightsFile
@@ -104,7 +108,7 @@ def main() -> None:
 
 
 def check_paths(config: Config) -> None:
-    """Refuse a kind of output that there is not, and to write over what is there."""
+    """Raise UserError for an unknown format, an existing file or a missing folder."""
     if config.target.suffix not in SUFFIXES:
         kinds = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items())
         raise UserError(f"{config.target}: the suffix selects the format: {kinds}.")
@@ -119,7 +123,7 @@ def check_paths(config: Config) -> None:
 
 
 def read_source(path: Path, metadata: FileMetadata) -> Source:
-    """Read the weights, for a network of as many classes as they have. Raises UserError."""
+    """Read the weights, for a network of as many classes; raise UserError for unusable ones."""
     checkpoint = read_own(path, metadata) or {}
     scaling = metadata.scaling()
     scaling |= {key: checkpoint[key] for key in scaling if key in checkpoint}
@@ -141,7 +145,7 @@ def read_source(path: Path, metadata: FileMetadata) -> Source:
 
 
 def cut(source: Source, part: str) -> Source:
-    """Only a part of the network, as darknet's `partial` does."""
+    """Keep only a part of the network, as darknet's `partial` does."""
     if part == "whole":
         return source
     names = layout_of_cut(source.network, part)
@@ -154,7 +158,7 @@ def cut(source: Source, part: str) -> Source:
 
 
 def describe_cfg(source: Source, metadata: FileMetadata) -> Cfg:
-    """Contents of the .cfg besides the structure."""
+    """What the .cfg holds besides the structure."""
     if source.weights.num_classes is None:
         raise UserError(f"{source.weights.source}: part of a network, for which there is no .cfg.")
     known = source.checkpoint or complete(source.weights, metadata, classes=False)
@@ -167,13 +171,13 @@ def describe_cfg(source: Source, metadata: FileMetadata) -> Cfg:
 
 
 def write_checkpoint(checkpoint: dict[str, Any], target: Path) -> None:
-    """A checkpoint to evaluate, detect and start from; the state of a training stays behind."""
+    """Write a checkpoint to evaluate, detect and start from, without the training state."""
     kept = {key: checkpoint[key] for key in (*REQUIRED_KEYS, DARKNET) if key in checkpoint}
     save_checkpoint(target, cpu_copy(kept))  # copies: views would be saved with the whole file
 
 
 def write_fork(source: Source, target: Path) -> None:
-    """A bare state_dict under the fork's names; of the backbone alone if that is all there is."""
+    """Write a bare state_dict under the fork's names; of the backbone alone if that is all."""
     names = fork_names(source.network.state_dict())
     tensors = with_counters(source.tensors, source.network)
     if all(name.startswith(BACKBONE) for name in tensors):
@@ -184,14 +188,14 @@ def write_fork(source: Source, target: Path) -> None:
         metadata[DARKNET] = dataclasses.asdict(source.weights.header)
     if source.scale_xy is not None:
         metadata["scale_xy"] = tuple(source.scale_xy)
-    # Where torch keeps what is no tensor, too; its state_dict() sets it on an OrderedDict as well.
+    # Here torch keeps what is not a tensor; its state_dict() also sets it on an OrderedDict.
     state._metadata = metadata  # type: ignore[attr-defined]
     with replacing(target) as file:
         torch.save(state, file)
 
 
 def write_darknet(source: Source, target: Path) -> None:
-    """A .weights file, whole or cut like its source. Raises UserError for any other part."""
+    """Write a .weights file, whole or cut like its source; raise UserError for any other part."""
     names = [name for name in layout_of(source.network) if name in source.tensors]
     cuts = [layout_of_cut(source.network, part) for part in CUTS]
     if names not in [list(cut) for cut in (*cuts, layout_of(source.network))]:
@@ -219,7 +223,7 @@ def notes(config: Config, source: Source) -> list[str]:
 
 
 def decode_notes(kind: str, scale_xy: Sequence[float] | None) -> list[str]:
-    """Where a program that reads a file of this kind expects another scale_xy."""
+    """A note if programs that read a file of this kind expect another scale_xy."""
     usual = {".pth": FORK_SCALE_XY, ".weights": DARKNET_SCALE_XY}[kind]
     expected = " ".join(map(str, usual))
     if scale_xy is None:

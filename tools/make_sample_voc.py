@@ -58,7 +58,7 @@ def object_counts(images: int, difficulty: str, rng: Generator) -> np.ndarray:
 def class_pool(total: int, difficulty: str) -> list[str]:
     """Class names of a split's objects: equal shares when easy, from 50 down to 1 when hard.
 
-    At least one a class while `total` allows it, so that rare classes are in every split.
+    At least one per class while `total` allows it, so that rare classes are in every split.
     """
     names = CLASSES[difficulty]
     ratio = IMBALANCE if difficulty == "hard" else 1
@@ -71,7 +71,7 @@ def class_pool(total: int, difficulty: str) -> list[str]:
 def plan_objects(
     splits: dict[str, list[int]], difficulty: str, rng: Generator
 ) -> dict[int, list[str]]:
-    """Which objects each image gets: every split its own share of every class."""
+    """The objects of each image, by class name; every split has its share of every class."""
     plan = {}
     for indices in splits.values():
         counts = object_counts(len(indices), difficulty, rng)
@@ -108,7 +108,11 @@ def annotation_xml(file_name: str, image_hw: tuple[int, int], objects: list[Samp
 def draw_image(
     names: list[str], difficulty: str, rng: Generator
 ) -> tuple[np.ndarray, list[SampleObject], int]:
-    """Returns the image, (H, W, 3) uint8 RGB, its objects, and the JPEG quality to store."""
+    """Draw an image with objects of the named classes.
+
+    Returns:
+        The image, (H, W, 3) uint8 RGB, its objects, and the JPEG quality to store it with.
+    """
     scene = SCENES[difficulty](names, rng)
     image, quality = compose(scene.background, scene.placements), 90
     if difficulty == "hard":
@@ -137,7 +141,7 @@ def write_lists(root: Path, splits: dict[str, list[int]], difficulty: str) -> No
 
 
 def draw_tree(root: Path, *, images: int, seed: int, difficulty: str, progress: bool) -> Counter:
-    """Draw all images into a new folder. Returns the number of objects of each class."""
+    """Draw all images into a new folder; returns the number of objects of each class."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (root / folder).mkdir(parents=True)
     planner = np.random.default_rng(seed)
@@ -179,10 +183,16 @@ def check_arguments(images: int, seed: int, difficulty: str) -> None:
 def make_sample(
     out: Path | str, *, images: int, seed: int, difficulty: str, progress: bool = True
 ) -> Counter:
-    """Draw the sample into `out`, all or nothing. Returns the number of objects of each class.
+    """Draw the sample into `out`, all or nothing.
 
-    It grows in a hidden sibling folder and moves to `out` when complete; an earlier sample goes.
-    Raises UserError for bad values, and when `out` holds anything else or cannot be written.
+    It grows in a hidden sibling folder and moves to `out` when complete, in place of an earlier
+    sample.
+
+    Returns:
+        The number of objects of each class.
+
+    Raises:
+        UserError: For bad values, and if `out` holds anything else or cannot be written.
     """
     check_arguments(images, seed, difficulty)
     out = Path(out).resolve()

@@ -1,4 +1,4 @@
-"""Backgrounds of the drawn sample: landscapes to look at, and clutter to get lost in."""
+"""Backgrounds of the drawn sample: landscapes for the easy one, clutter for the hard one."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,12 @@ MOODS = (
 
 
 def blend(image: np.ndarray, colour: Sequence[float], weight: np.ndarray) -> None:
-    """Mix a colour into (H, W, 3) float32, in place. weight: (H, W) in 0..1."""
+    """Mix a colour into an image, in place.
+
+    Args:
+        image: (H, W, 3) float32.
+        weight: (H, W) in 0..1.
+    """
     image += weight[..., None] * (np.array(colour, np.float32) - image)
 
 

@@ -1,4 +1,4 @@
-"""What the sample shows: three things for landscapes, seven with look-alikes for clutter."""
+"""Objects of the drawn sample: three for landscapes, seven with look-alikes for clutter."""
 
 from collections.abc import Callable
 from itertools import pairwise

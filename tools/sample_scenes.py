@@ -20,7 +20,7 @@ TRIES = 60  # then the image is full; in 600 images no object was left out
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A sprite at a pixel position. name: its class, or None for a look-alike."""
+    """A sprite at a pixel position; `name` is its class, or None for a look-alike."""
 
     name: str | None
     sprite: Sprite
@@ -30,7 +30,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True)
 class SampleObject:
-    """The annotation of an object. box_xyxy: edges of its visible pixels."""
+    """The annotation of an object; `box_xyxy` has the edges of its visible pixels."""
 
     name: str
     box_xyxy: tuple[int, int, int, int]
@@ -50,17 +50,20 @@ def clip_to_image(placement: Placement, image_hw: tuple[int, int]) -> tuple[tupl
 
 
 class Scene:
-    """A background with sprites on it; knows which pixel shows which sprite."""
+    """A background with sprites on it; knows which pixel shows which sprite.
+
+    Args:
+        background: (H, W, 3) float32 RGB in 0..255.
+    """
 
     def __init__(self, background: np.ndarray):
-        """background: (H, W, 3) float32 RGB in 0..255."""
         self.background = background
         self.image_hw: tuple[int, int] = (background.shape[0], background.shape[1])
         self.placements: list[Placement] = []
         self.owner = np.full(self.image_hw, -1, np.int32)
 
     def try_place(self, placement: Placement, min_shown: float) -> bool:
-        """Put a sprite on top, unless it or one below would then show less than `min_shown`."""
+        """Put a sprite on top; False if it or one below would then show less than `min_shown`."""
         inside, own = clip_to_image(placement, self.image_hw)
         mask = placement.sprite.mask[own]
         if mask.sum() < max(MIN_PIXELS, min_shown * placement.sprite.mask.sum()):
@@ -124,7 +127,7 @@ def _overlaps(scene: Scene, placement: Placement) -> bool:
 
 
 def _place_in_landscape(scene: Scene, name: str, *, horizon: int, rng: Generator) -> None:
-    """Boats float, balloons and kites fly; nothing touches. Smaller after each vain try."""
+    """Boats float, balloons and kites fly; nothing touches. Smaller after each failed try."""
     height, width = scene.image_hw
     for attempt in range(TRIES):
         share = 0.09 * (0.42 / 0.09) ** rng.random() * 0.98**attempt

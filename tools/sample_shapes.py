@@ -1,4 +1,4 @@
-"""Antialiased drawing in unit coordinates: what the objects of the drawn sample are made of."""
+"""Antialiased drawing in unit coordinates, for the objects of the drawn sample."""
 
 import colorsys
 import dataclasses
@@ -17,7 +17,9 @@ VISIBLE_ALPHA = 0.3  # a pixel belongs to an object from this coverage on: its b
 class Sprite:
     """A drawn thing: colour premultiplied by coverage.
 
-    rgb: (h, w, 3) float32 in 0..255. alpha: (h, w) float32 in 0..1.
+    Attributes:
+        rgb: (h, w, 3) float32 in 0..255.
+        alpha: (h, w) float32 in 0..1.
     """
 
     rgb: np.ndarray
@@ -50,7 +52,11 @@ def arc(
     radii: tuple[float, float],
     sweep: tuple[float, float] = (0, 360),
 ) -> np.ndarray:
-    """(49, 2) points of an elliptic arc. sweep: degrees, clockwise on screen from the right."""
+    """(49, 2) points of an elliptic arc.
+
+    Args:
+        sweep: Degrees, clockwise on screen from the right.
+    """
     angles = np.radians(np.linspace(*sweep, 49))
     return np.stack((np.cos(angles), np.sin(angles)), axis=1) * radii + centre
 
@@ -70,8 +76,12 @@ def rounded_box(box_xyxy: tuple[float, float, float, float], radius: float) -> n
 class Sketch:
     """A transparent sheet on which x and y run from -1 to 1, y downwards.
 
-    size: pixels that the length 2 takes. angle: degrees clockwise. stretch: factor on x; negative
-    mirrors. Drawn several times larger and averaged down, so that edges are smooth.
+    It is drawn several times larger and averaged down, so that edges are smooth.
+
+    Args:
+        size: Pixels of the length 2.
+        angle: Degrees, clockwise.
+        stretch: Factor on x; negative mirrors.
     """
 
     def __init__(self, size: float, *, angle: float = 0.0, stretch: float = 1.0):
@@ -107,7 +117,8 @@ class Sketch:
     def sprite(self, light: float = 0.12) -> Sprite:
         """Average down, crop to what was drawn, light it from the upper left.
 
-        light: relative brightening at the lit corner and darkening at the other.
+        Args:
+            light: Relative brightening at the lit corner and darkening at the other.
         """
         side = 2 * self.half
         sheet = cv2.resize(self.canvas, (side, side), interpolation=cv2.INTER_AREA)

@@ -49,13 +49,13 @@ def main() -> None:
 
 
 def meta_model(num_classes: int, *, width: float = 1.0, depth: float = 1.0) -> YoloV4:
-    """A network without values, made in an instant; raises UserError for bad arguments."""
+    """A network without values, built at once; raise UserError for bad arguments."""
     with torch.device("meta"):
         return YoloV4(num_classes, width=width, depth=depth).eval()
 
 
 def trace_layers(model: YoloV4, input_shape: tuple[int, int]) -> list[Layer]:
-    """Run a meta model on one image of (height, width) pixels; its layers in running order."""
+    """Run a meta model on one image of (height, width) pixels; its layers in the order they run."""
     names = {module: name for name, module in model.named_modules()}
     layers: list[Layer] = []
 
@@ -108,7 +108,7 @@ def convolution_flops(layers: list[Layer]) -> int:
 
 
 def layer_table(layers: list[Layer]) -> str:
-    """One line a layer: index, name, type, output shape, parameters."""
+    """One line per layer: index, name, type, output shape, parameters."""
     name_width = max(len(layer.name) for layer in layers)
     lines = [f"{'':>3}  {'layer':<{name_width}}  {'type':<20}  {'output':<16}  {'parameters':>10}"]
     for index, layer in enumerate(layers):

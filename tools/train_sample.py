@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def run(command: str) -> None:
-    """Show a command and run it with this Python; a failure ends everything with its status."""
+    """Print a command and run it with this Python; if it fails, exit with its status."""
     print(f"\n$ python {command}", flush=True)
     process = subprocess.Popen([sys.executable, *shlex.split(command)])
     try:
@@ -50,7 +50,7 @@ def run(command: str) -> None:
 
 
 def some_images(folder: Path, count: int = 8) -> Path:
-    """A folder with links to the first validation images."""
+    """A folder with copies of the first validation images."""
     names = (SAMPLE / "ImageSets" / "Main" / "val.txt").read_text(encoding="utf-8").split()
     images = folder / "images"
     images.mkdir()

@@ -111,7 +111,7 @@ def parse_config(
         default = kind(**{**changes, "recipe": found.recipe})
         config = tyro.cli(kind, default=default, description=description, use_underscores=True)
         return config, None
-    path = Path(found.resume) / "last.pt" if Path(found.resume).is_dir() else Path(found.resume)
+    path = resumed_file(found.resume)
     checkpoint = read_checkpoint(path, for_resume=True)
     # A checkpoint that lacks a constant is older than it: the fork's value was in force then.
     older = recipe_changes("fork", fine_tuning=False)
@@ -125,6 +125,19 @@ def parse_config(
             "Give more of them."
         )
     return dataclasses.replace(config, weights=stored.weights, resume=str(path)), checkpoint
+
+
+def resumed_file(resume: str) -> Path:
+    """The last.pt that --resume means. Raises UserError if there is none."""
+    path = Path(resume) / "last.pt" if Path(resume).is_dir() else Path(resume)
+    if path.exists():
+        return path
+    if path.parent.is_dir() and path.name == "last.pt":
+        raise UserError(
+            f"{path.parent} holds no last.pt, so there is nothing to resume: a run that ended "
+            "before it first saved one begins anew."
+        )
+    raise UserError(f"--resume {resume}: there is no such run. Give its folder or its last.pt.")
 
 
 def stored_config(kind: type[Config], values: Mapping[str, Any]) -> Config:

@@ -47,9 +47,10 @@ def new_run_folder(save_dir: str, prefix: str = "logs") -> Path:
     if save_dir:
         folder = Path(save_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            resume = f", or resume it with --resume {folder}"
             raise UserError(
-                f"{folder} is not an empty folder. Give another --save_dir, empty it, or resume "
-                f"with --resume {folder}."
+                f"{folder} is not an empty folder. Give another --save_dir, or empty it"
+                f"{resume if (folder / 'last.pt').is_file() else ''}."
             )
         return _make(folder, exist_ok=True)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -62,10 +63,10 @@ def new_run_folder(save_dir: str, prefix: str = "logs") -> Path:
 
 @contextmanager
 def removed_if_unused(folder: Path) -> Iterator[None]:
-    """A UserError in the block removes the folder, if it is still empty."""
+    """A UserError or Ctrl-C in the block removes the folder, if it is still empty."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         with suppress(OSError):  # something lies in it
             folder.rmdir()
         raise

@@ -10,6 +10,7 @@ from engine.config import (
     check_same_settings,
     default_for_resume,
     folder_of_resumed,
+    resumed_file,
     stored_config,
 )
 from train import CHANGEABLE, Config
@@ -59,6 +60,16 @@ def test_other_anchors_are_refused():
     check_same_anchors([(1, 2)], stored)
     with pytest.raises(UserError, match="anchors file has changed"):
         check_same_anchors([(1, 3)], stored)
+
+
+def test_a_run_that_is_not_there_is_said_in_the_words_of_the_flag(tmp_path):
+    for given in (tmp_path, tmp_path / "last.pt"):
+        with pytest.raises(UserError, match=f"{tmp_path} holds no last.pt, so there is nothing"):
+            resumed_file(str(given))
+    with pytest.raises(UserError, match="--resume logs/none: there is no such run"):
+        resumed_file("logs/none")
+    (tmp_path / "last.pt").write_bytes(b"")
+    assert resumed_file(str(tmp_path)) == tmp_path / "last.pt"
 
 
 def test_metrics_and_best_move_along_to_another_folder(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.console import slow_start
-from engine.runlog import COLUMNS, RunLog, new_run_folder, read_metrics
+from engine.runlog import COLUMNS, RunLog, new_run_folder, read_metrics, removed_if_unused
 from engine.statistics import COUNTS, NO_GROUPS, TERMS
 from utils.errors import UserError
 
@@ -24,11 +24,24 @@ def test_a_run_folder_must_be_empty_and_is_made(tmp_path):
     assert folder.is_dir()
     assert new_run_folder(str(folder)) == folder  # empty: fine
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="--resume"):
+    with pytest.raises(UserError, match=r"another --save_dir, or empty it\.$"):
+        new_run_folder(str(folder))
+    (folder / "last.pt").write_bytes(b"a run")
+    with pytest.raises(UserError, match=f"resume it with --resume {folder}"):
         new_run_folder(str(folder))
     with pytest.raises(UserError, match="cannot make"):
         new_run_folder(str(folder / "notes.txt" / "c"))
     assert (folder / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_a_folder_in_which_nothing_was_begun_goes(tmp_path, error):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "last.pt").write_bytes(b"a run")
+    for folder in (new_run_folder(str(tmp_path / "new")), tmp_path / "used"):
+        with pytest.raises(error), removed_if_unused(folder):
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
 
 
 def test_a_quarter_of_a_training_that_taught_nothing_is_reported_once_it_is_over():

@@ -229,6 +229,7 @@ def test_a_decode_that_was_given_goes_into_the_fork_file_with_a_note(folder, don
     save_checkpoint(folder / "reach.pt", checkpoint)
     cfg = folder / "reach.cfg"
     printed = done(folder / "reach.pt", folder / "reach.weights", "--cfg_out", cfg)
+    assert "give --width 0.1 --depth 0.1 when you use it here" in printed
     assert "expect scale_xy 1.5 1.4 1.3" in printed  # a .weights file alone would count as 1.2 ...
     flags = [cfg if flag == "CFG" else flag for flag in flags]
     printed = done(folder / "reach.weights", folder / "reach.pth", *SIZE, *flags)

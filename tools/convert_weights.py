@@ -219,6 +219,9 @@ def notes(config: Config, source: Source) -> list[str]:
         said.append(f"it does not hold {lost} or score threshold: keep {config.source}.")
     if kind == ".weights" and config.cfg_out is None:
         said.append("darknet and OpenCV need a .cfg as well: --cfg_out FILE writes it.")
+    if (source.network.width, source.network.depth) != (1, 1):
+        scaling = f"--width {source.network.width} --depth {source.network.depth}"
+        said.append(f"it does not hold width and depth: give {scaling} when you use it here.")
     return [*said, *decode_notes(kind, source.scale_xy)]
 
 

@@ -171,8 +171,8 @@ def describe_mismatch(header: Header, body_bytes: int, network: YoloV4) -> str:
     with torch.device("meta"):
         full = YoloV4(1)
     if layout_of_size(body_bytes, full) is not None:
-        text += " It fits the full network: use width 1.0 and depth 1.0."
-    return text
+        return f"{text} It fits the full network: use width 1.0 and depth 1.0."
+    return f"{text} Use the width and depth of the weights."
 
 
 def save_darknet_weights(

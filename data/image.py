@@ -165,7 +165,9 @@ def _as_user_error(path: str | PathLike) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path}: not an image, or of a kind that cannot be read") from None
+        empty = Path(path).stat().st_size == 0
+        what = "an empty file" if empty else "not an image, or of a kind that cannot be read"
+        raise UserError(f"{path}: {what}") from None
     except _DECODE_ERRORS as error:
         raise UserError(f"{path}: cannot be decoded: {error}") from error
 

@@ -96,7 +96,7 @@ def scan_split(
     images, bad = _read_images(unique_jobs, f"checking {spec}" if progress else "")
     faults = list(dict.fromkeys([fault for _, split in parts for fault in split.faults] + bad))
     notes = list(dict.fromkeys(note for _, split in parts for note in split.notes))
-    problems = _unknown_names(images, class_names, classes_path)
+    problems = _unknown_names(spec, images, class_names, classes_path)
     if not images or (faults and not skip_bad):
         problems.append(_unusable_files(spec, faults, notes, left=len(images)))
     if problems:
@@ -172,7 +172,10 @@ def _read_image(tree: VocTree, image_id: str) -> tuple[_Image | None, list[str]]
 
 
 def _unknown_names(
-    images: Sequence[_Image], class_names: Sequence[str], classes_path: str | PathLike | None
+    spec: str,
+    images: Sequence[_Image],
+    class_names: Sequence[str],
+    classes_path: str | PathLike | None,
 ) -> list[str]:
     """One message if annotations use names that are not among class_names, else none."""
     used = {name for image in images for name in image.annotation.names}
@@ -192,7 +195,7 @@ def _unknown_names(
     own_files = [path for path in own_files if path != str(classes_path)]
     hint = f" (perhaps {' or '.join(own_files)})" if own_files else ""
     return [
-        f"{' and '.join(map(str, roots))}: the annotations use {len(used)} class names, "
+        f"{spec}: the annotations use {len(used)} class names, "
         f"{classes_path or 'the given list'} has {len(class_names)}. Used but not in it:\n"
         f"{list_faults(lines)}\n"
         f"Train with the --classes_path that belongs to this data{hint}, or add the names; a "
@@ -202,7 +205,8 @@ def _unknown_names(
 
 def _unusable_files(spec: str, faults: Sequence[str], notes: Sequence[str], left: int) -> str:
     cure = "repair or remove them, or skip them with --skip_bad" if left else "nothing is left"
-    lines = [f"{spec}: {len(faults):,} files cannot be used; {cure}", list_faults(faults)]
+    files = "1 file" if len(faults) == 1 else f"{len(faults):,} files"
+    lines = [f"{spec}: {files} cannot be used; {cure}", list_faults(faults)]
     return "\n".join(lines + [f"  note: {note}" for note in notes])
 
 

@@ -260,7 +260,7 @@ def test_broken_annotation_and_broken_image_of_one_id_are_both_named(root):
     (root / "JPEGImages" / "1.png").write_bytes(b"")
     (root / "Annotations" / "1.xml").write_text("")
     message = refusal(f"{root}:train", NAMES)
-    assert "1.png" in message
+    assert "1.png: an empty file" in message
     assert "1.xml" in message
 
 
@@ -281,7 +281,7 @@ def test_unknown_class_names_are_refused_with_both_files_and_both_counts(root, s
     (root / "classes.txt").write_text("cat\ndog\n")
     names = ("bird", "cow", "dog")
     message = refusal(f"{root}:train", names, classes_path="my/list.txt", skip_bad=skip_bad)
-    assert f"{root}: the annotations use 2 class names, my/list.txt has 3" in message
+    assert f"{root}:train: the annotations use 2 class names, my/list.txt has 3" in message
     assert "'cat' in 1 annotations" in message
     assert "'dog'" not in message
     assert f"--classes_path that belongs to this data (perhaps {root / 'classes.txt'})" in message

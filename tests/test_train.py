@@ -184,6 +184,7 @@ def test_unfreezing_moves_the_backbone_with_its_own_batch_size(whole_run, tiny_v
         ({"anchors_path": "nowhere.txt"}, "nine w,h pairs"),
         ({"weights": "nowhere.pt"}, "nowhere.pt"),
         ({"lr": -1}, "lr is -1"),
+        ({"hsv": (5, 0, 0), "train": "nowhere:train"}, "hue is 5"),  # before the data are read
         ({"multi_scale": 1}, "multi_scale is 1"),
         ({"multi_scale": 0.1}, "changes nothing"),
         ({"focal_gamma": 3}, "--focal_loss"),

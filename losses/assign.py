@@ -1,7 +1,8 @@
 """Ground truth -> which anchor cells are positive, which are ignored; the rest are negative.
 
-Every ground truth is a candidate at all three scales, at A anchors each, so that shapes follow from
-N alone: what is not chosen is masked, never cut out, and the device is never asked for a value.
+Every ground truth has A candidates at each of the three scales, three anchors in each of the cells
+around its centre, so that shapes follow from N alone: what is not chosen is masked, never cut out,
+and the device is never asked for a value.
 A cell is numbered image * K + (its place in its image); K runs over strides 8, 16, 32, then
 row, column, anchor. Class ids are -1 (ignore region) or 0..C-1: the data set reader checks that.
 """

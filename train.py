@@ -13,13 +13,12 @@ from data.augment import Augmentation
 from data.dataset import VocDataset
 from data.voc import Sample, read_class_names
 from engine.config import (
-    FORK,
     check_same_anchors,
     check_same_classes,
     check_same_settings,
     describe_recipe,
     parse_config,
-    recipe_changes,
+    recipe_values,
     run_folder,
     shared,
 )
@@ -284,13 +283,6 @@ def build_loss(
         scale_xy=scale_xy,
         **shared(config, known, but=("input_shape", "scale_xy")),
     )
-
-
-def recipe_values(config: Config) -> dict[str, Any]:
-    """The constants that the recipe decides, as it alone gives them."""
-    changes = recipe_changes(config.recipe, fine_tuning=bool(config.weights))
-    values = {**dataclasses.asdict(Config()), **changes}
-    return {key: values[key] for key in FORK}
 
 
 def make_settings(config: Config, device: torch.device) -> TrainingSettings:

@@ -231,3 +231,10 @@ def shared(config: Config, names: Iterable[str], *, but: Collection[str] = ()) -
     """The constants of these names, some left out: what a part of the training calls them too."""
     own = {field.name for field in dataclasses.fields(config)}
     return {name: getattr(config, name) for name in names if name in own and name not in but}
+
+
+def recipe_values(config: Config) -> dict[str, Any]:
+    """The constants that the recipe decides, as it alone gives them."""
+    changes = recipe_changes(config.recipe, fine_tuning=bool(config.weights))
+    values = {**dataclasses.asdict(type(config)()), **changes}
+    return {key: values[key] for key in FORK}

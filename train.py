@@ -183,7 +183,7 @@ def train(config: Config, resume: dict[str, Any] | None, device: torch.device) -
     model, report = make_model(config, class_names, starts=resume is None)
     scale_xy = choose_scale_xy(config.scale_xy, report, resume)
     build_loss(config, YOLOV4_ANCHORS, len(class_names), scale_xy)  # for the same reason
-    make_augmentation(config)  # likewise
+    training_set(config, [])  # likewise
     move(model, device)
     folder = broadcast_object(run_folder(config.resume, config.save_dir) if is_main() else None)
     train_set, val_samples = load_data(config, class_names, folder)
@@ -303,20 +303,15 @@ def make_settings(config: Config, device: torch.device) -> TrainingSettings:
     )
 
 
-def make_augmentation(config: Config) -> Augmentation:
-    """How strongly training images are changed."""
-    hue, saturation, value = config.hsv
-    strength = shared(config, ("scale", "mosaic_scale", "jitter", "flip_prob"))
-    return Augmentation(**strength, hue=hue, saturation=saturation, value=value)
-
-
 def training_set(config: Config, samples: list[Sample]) -> VocDataset:
     """The augmented training images."""
+    hue, saturation, value = config.hsv
+    strength = shared(config, ("scale", "mosaic_scale", "jitter", "flip_prob"))
     options = shared(
         config,
         ("mosaic_prob", "mixup_prob", "repeat_threshold", "cache", "cache_gb", "cache_dir", "seed"),
     )
-    augmentation = make_augmentation(config)
+    augmentation = Augmentation(**strength, hue=hue, saturation=saturation, value=value)
     return VocDataset(samples, config.input_shape, train=True, augmentation=augmentation, **options)
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from benchmarks import step as step_benchmark
@@ -33,6 +32,7 @@ from nets.memory import move
 from nets.yolo import YoloV4
 from tests.reference_loss import ANCHORS
 from tools.make_sample_voc import make_sample
+from utils.distributed import data_parallel
 from utils.errors import UserError, run_script, summarise
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,9 +320,7 @@ def measure_ddp(device: str) -> dict[str, float]:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
     gpu = torch.device("cuda", 0) if device == "cuda" else None
     dist.init_process_group("nccl" if gpu else "gloo", rank=0, world_size=1, device_id=gpu)
-    step.network = DistributedDataParallel(
-        step.model, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    step.network = data_parallel(step.model)
     ratio = seconds(lambda: step(*data), device) / plain
     dist.destroy_process_group()
     return {"ratio": ratio}

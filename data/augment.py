@@ -6,8 +6,8 @@ are whole pixels, and boxes take the scale between the two, so that they follow 
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -59,15 +59,22 @@ class LabelledImage:
     class_ids: np.ndarray  # (n,) int64; -1 is an ignore region
 
 
-class Source(Protocol):
-    """An image that is read once it is known how large it will be drawn."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An image with its objects that is read once it is known how large it will be drawn."""
 
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+    image_hw: tuple[int, int]
+    boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of an image of that size
+    class_ids: np.ndarray
+    # For the (height, width) to draw: pixels, as few as will do, and how many of them, (down,
+    # across), make one of an image of `image_hw`.
+    read_for: Callable[[tuple[int, int]], tuple[np.ndarray, tuple[float, float]]]
 
     def for_size(self, size_hw: tuple[int, int]) -> LabelledImage:
         """The whole image, as small as it may be to be drawn at `size_hw`."""
+        image, (down, across) = self.read_for(size_hw)
+        scale = np.array((across, down, across, down), np.float32)
+        return LabelledImage(image, self.boxes_xyxy * scale, self.class_ids)
 
 
 class Placement(NamedTuple):

@@ -1,9 +1,8 @@
 """VOC images as network input: letterboxed for validation, augmented for training."""
 
-import dataclasses
 import math
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augment import Augmentation, LabelledImage, mixup, random_mosaic, random_single
+from data.augment import Augmentation, LabelledImage, Source, mixup, random_mosaic, random_single
 from data.cache import GIB, ImageCache
 from data.letterbox import image_to_letterbox, letterbox
 from data.sampler import EpochBlocks, random_generator, repeat_factors
@@ -130,26 +129,11 @@ class VocDataset(Dataset[Item]):
             image = mixup(image, random_single(self._source(mixed), self.input_shape, **how))
         return to_item(image)
 
-    def _source(self, index: int) -> "StoredImage":
+    def _source(self, index: int) -> Source:
         index %= len(self.samples)  # of an image that is repeated in the epoch
         sample = self.samples[index]
         read_for = partial(self._images.read_for, index)
-        return StoredImage(sample.image_hw, sample.boxes_xyxy, self._class_ids[index], read_for)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredImage:
-    """An image of a cache or on disk with its objects: a Source of the augmentation."""
-
-    image_hw: tuple[int, int]
-    boxes_xyxy: np.ndarray  # (n, 4) float32, pixels of an image of that size
-    class_ids: np.ndarray
-    read_for: Callable[[tuple[int, int]], tuple[np.ndarray, tuple[float, float]]]
-
-    def for_size(self, size_hw: tuple[int, int]) -> LabelledImage:
-        image, (down, across) = self.read_for(size_hw)
-        scale = np.array((across, down, across, down), np.float32)
-        return LabelledImage(image, self.boxes_xyxy * scale, self.class_ids)
+        return Source(sample.image_hw, sample.boxes_xyxy, self._class_ids[index], read_for)
 
 
 def to_item(image: LabelledImage) -> Item:

@@ -65,18 +65,18 @@ def progress_bar(epoch: int, epochs: int, *, done: int, steps: int) -> tqdm:
 
 
 def progress_text(
-    figures: EpochStatistics,
+    statistics: EpochStatistics,
     *,
     lr: float,
     input_size: tuple[int, int] | None,
     device: torch.device,
 ) -> str:
     """What stands behind the progress bar; input_size (height, width) where it changes."""
-    text = " ".join(f"{name} {figures.mean(name):.3f}" for name in TERMS)
+    text = " ".join(f"{name} {statistics.mean(name):.3f}" for name in TERMS)
     text += f" lr {lr:.2e}"
     if input_size is not None:
         text += " {}x{}".format(*input_size)
-    text += f" {figures.images_per_second() * world_size():.1f} images/s"
+    text += f" {statistics.images_per_second() * world_size():.1f} images/s"
     return f"{text} {memory_gb(device):.1f} GB"
 
 

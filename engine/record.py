@@ -22,8 +22,9 @@ from weights.checkpoint import cpu_copy, save_checkpoint
 if TYPE_CHECKING:
     from engine.trainer import TrainStep
 
-# Of last.pt, where --save_period does not say it: it is never older than LONGEST_WAIT seconds, and
-# at the end of an epoch saved again if saving takes at most SAVE_SHARE of the time.
+# Of last.pt: it gets older than LONGEST_WAIT seconds only while an evaluation runs. Without
+# --save_period it is also saved at the end of an epoch if that takes at most SAVE_SHARE of the
+# time.
 LONGEST_WAIT = 300
 SAVE_SHARE = 0.05
 

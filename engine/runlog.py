@@ -126,17 +126,17 @@ class RunLog:
         plot_losses(self.folder / "loss.png", rows)
         plot_map(self.folder / "map.png", rows)
 
-    def step(self, step: int, figures: Mapping[str, float], groups: Sequence[float]) -> str:
+    def step(self, step: int, statistics: Mapping[str, float], groups: Sequence[float]) -> str:
         """A step's loss terms, input size if it changes, and cells by groups, to TensorBoard.
 
         Returns what to print, the first time: the alpha that alpha="auto" has measured.
         """
         for name in (*TERMS, *COUNTS, "grad_norm", CONF_ALPHA, *INPUT_COLUMNS):
-            self._scalar(f"step/{name}", figures.get(name), step)
+            self._scalar(f"step/{name}", statistics.get(name), step)
         for name, value in cell_statistics(groups).items():
             scale, _, figure = name.partition("_")
             self._scalar(f"cells_{scale}/{figure}", value, step)
-        alpha, told, self._alpha_told = figures.get(CONF_ALPHA), self._alpha_told, True
+        alpha, told, self._alpha_told = statistics.get(CONF_ALPHA), self._alpha_told, True
         if alpha is None or told:
             return ""
         return (

@@ -22,13 +22,13 @@ NO_GROUPS = [0.0] * (len(STRIDES) * len(GROUPS) * len(VALUES))
 
 
 class StepStatistics:
-    """One step's figures, with CONF_ALPHA and `group_sums` if any, on their way to the host."""
+    """One step's statistics, with CONF_ALPHA and `group_sums` if any, on their way to the host."""
 
-    def __init__(self, figures: Mapping[str, Tensor]):
-        self.names = (*STATISTICS, CONF_ALPHA) if CONF_ALPHA in figures else STATISTICS
-        self.packed = torch.stack([figures[name].detach().float() for name in self.names])
-        if "groups" in figures:
-            self.packed = torch.cat((self.packed, figures["groups"].flatten()))
+    def __init__(self, statistics: Mapping[str, Tensor]):
+        self.names = (*STATISTICS, CONF_ALPHA) if CONF_ALPHA in statistics else STATISTICS
+        self.packed = torch.stack([statistics[name].detach().float() for name in self.names])
+        if "groups" in statistics:
+            self.packed = torch.cat((self.packed, statistics["groups"].flatten()))
         self.event = None
         if self.packed.is_cuda:
             pinned = torch.empty(len(self.packed), pin_memory=True)
@@ -37,7 +37,7 @@ class StepStatistics:
             self.event.record()
 
     def read(self) -> tuple[dict[str, float], list[float]]:
-        """Wait until they are there: the figures by name, and the flat group sums or []."""
+        """Wait until they are there: the statistics by name, and the flat group sums or []."""
         if self.event is not None:
             self.event.synchronize()
         values = self.packed.tolist()
@@ -59,10 +59,10 @@ class EpochStatistics:
         self._pending: tuple[StepStatistics, list[str]] | None = None
         self._clock = time.perf_counter()
 
-    def push(self, figures: StepStatistics, images: Sequence[str]) -> str:
-        """Take a step's figures, read those of the step before. Returns the guard's message."""
+    def push(self, statistics: StepStatistics, images: Sequence[str]) -> str:
+        """Take a step's statistics, read those of the step before. Returns the guard's message."""
         message = self.flush()
-        self._pending = (figures, list(images))
+        self._pending = (statistics, list(images))
         return message
 
     def flush(self) -> str:
@@ -70,9 +70,9 @@ class EpochStatistics:
         self.last_groups = []
         if self._pending is None:
             return ""
-        figures, images = self._pending
+        statistics, images = self._pending
         self._pending = None
-        self.last, self.last_groups = figures.read()
+        self.last, self.last_groups = statistics.read()
         now = time.perf_counter()
         self.state["seconds"] += now - self._clock
         self.state["images"] += len(images)
@@ -110,7 +110,7 @@ class EpochStatistics:
         self.state["groups"] = states[0]["groups"]
 
     def mean(self, name: str) -> float:
-        """Mean of a figure over the epoch's finite steps; NaN when there was none."""
+        """Mean of a statistic over the epoch's finite steps; NaN when there was none."""
         count = self.state["updates" if name == "grad_norm" else "finite"]
         return self.state[name] / count if count else float("nan")
 
@@ -119,7 +119,7 @@ class EpochStatistics:
         return self.state["images"] / max(self.state["seconds"], 1e-9)
 
     def row(self) -> dict[str, float | None]:
-        """The epoch's figures under their names in metrics.csv."""
+        """The epoch's statistics under their names in metrics.csv."""
         names = ("loc", "conf", "cls", *COUNTS, "grad_norm")
         return {
             "loss": self.mean("total"),
@@ -138,17 +138,17 @@ def cell_statistics(groups: Sequence[float], *, looks: float = 1) -> dict[str, f
     its mean objectness, and its positive and ignored cells a step.
     """
     sums = np.asarray(groups, dtype=np.float64).reshape(GROUP_SHAPE)
-    figures = _shares("conf", sums.sum(0))
+    statistics = _shares("conf", sums.sum(0))
     for stride, of_scale in zip(STRIDES, sums, strict=True):
         objectness, cells = of_scale[:, 2], of_scale[:, 3]
-        figures |= _shares(f"s{stride}", of_scale)
-        figures |= {
+        statistics |= _shares(f"s{stride}", of_scale)
+        statistics |= {
             f"s{stride}_objectness_positive": _ratio(objectness[0], cells[0]),
             f"s{stride}_objectness_negative": _ratio(objectness[1:3].sum(), cells[1:3].sum()),
             f"s{stride}_positives": _ratio(cells[0], looks),
             f"s{stride}_ignored": _ratio(cells[3], looks),
         }
-    return figures
+    return statistics
 
 
 def _shares(prefix: str, sums: np.ndarray) -> dict[str, float]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.dataset import VocDataset
 from data.loader import TrainingLoader, to_input
@@ -25,7 +24,7 @@ from engine.settings import Phase, TrainingSettings
 from engine.statistics import StepStatistics
 from nets.cpu import use_fast_mish
 from nets.yolo import YoloV4
-from utils.distributed import rank, world_size
+from utils.distributed import data_parallel, rank, world_size
 from utils.heap import keep_freed_memory
 from weights.checkpoint import cpu_copy
 
@@ -69,6 +68,7 @@ class Trainer:
             amp_dtype=settings.amp_dtype,
             clip_norm=settings.clip_norm,
         )
+        # fp16 skips updates while its gradient scaler looks for its scale.
         limit = 30 if settings.amp_dtype == torch.float16 else 5
         self.record = RunRecord(
             self.step,
@@ -131,10 +131,7 @@ class Trainer:
         self._freeze(phase.frozen)
         self.step.network = self.model
         if world_size() > 1:
-            # BN statistics are rank 0's, and are shared when they are used: at an evaluation.
-            self.step.network = DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.step.network = data_parallel(self.model)
         sampler = EpochBatchSampler(
             len(self.train_set),
             phase.batch_size,
@@ -223,25 +220,21 @@ class TrainStep:
         images: Tensor,
         targets: Tensor,
         *,
-        size_hw: tuple[int, int] | None = None,
-        cells: bool = False,
         group_size: int = 1,
         update: bool = True,
+        **options: Any,
     ) -> StepStatistics:
         """Learn from a batch.
 
         Args:
-            images: uint8 (B, 3, H, W).
-            targets: (N, 6), as `collate` makes them.
-            size_hw: The images are resized to it on the device; None leaves them as they are.
-            cells: Whether to look at the confidence loss by groups of cells, too.
             group_size: Over how many batches the gradient is accumulated.
             update: Whether this is the last of them.
+            **options: size_hw and cells, as `forward` takes them.
         """
         self.rollback.snapshot()
         # What DDP.no_sync() sets: ranks add up their gradients only where an update follows.
         self.network.require_backward_grad_sync = update  # type: ignore[assignment]
-        terms = self.forward(images, targets, size_hw=size_hw, cells=cells)
+        terms = self.forward(images, targets, **options)
         self.scaler.scale(terms["total"] / group_size).backward()
         finite = on_every_rank(terms["total"].detach().isfinite())
         self.rollback.restore_unless(finite)
@@ -260,7 +253,14 @@ class TrainStep:
         size_hw: tuple[int, int] | None = None,
         cells: bool = False,
     ) -> dict[str, Any]:
-        """The loss terms of a batch."""
+        """The loss terms of a batch.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+            targets: (N, 6), as `collate` makes them.
+            size_hw: The images are resized to it on the device; None leaves them as they are.
+            cells: Whether to look at the confidence loss by groups of cells, too.
+        """
         images = to_input(images, self.device, size_hw)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             outputs = self.network(images)

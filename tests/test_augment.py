@@ -5,13 +5,13 @@ import cv2
 import numpy as np
 import pytest
 
+from data import augment
 from data.augment import (
     Augmentation,
     LabelledImage,
+    Source,
     mixup,
     place_image,
-    random_mosaic,
-    random_single,
     scale_hsv,
     seen_boxes,
 )
@@ -25,15 +25,18 @@ PLAIN = Augmentation(hue=0, saturation=0, value=0)  # geometry only: colours sta
 COLOURS = [tuple(255 * (i >> bit & 1) for bit in range(3)) for i in range(8)]
 
 
-class InMemory(LabelledImage):
-    """A Source that is at hand, at whatever size it will be drawn."""
+def source_of(image):
+    """A Source that is at hand at its own size, whatever size it will be drawn at."""
+    whole = (image.image, (1.0, 1.0))
+    return Source(image.image.shape[:2], image.boxes_xyxy, image.class_ids, lambda _: whole)
 
-    @property
-    def image_hw(self):
-        return self.image.shape[:2]
 
-    def for_size(self, size_hw):
-        return self
+def random_single(image, input_hw, **options):
+    return augment.random_single(source_of(image), input_hw, **options)
+
+
+def random_mosaic(images, input_hw, **options):
+    return augment.random_mosaic([source_of(image) for image in images], input_hw, **options)
 
 
 def drawn(image_hw, boxes_xyxy, class_ids=None):
@@ -41,7 +44,7 @@ def drawn(image_hw, boxes_xyxy, class_ids=None):
     class_ids = range(len(boxes_xyxy)) if class_ids is None else class_ids
     image = coloured_boxes(image_hw, boxes_xyxy, [COLOURS[i] for i in class_ids])
     boxes_xyxy = np.array(boxes_xyxy, np.float32).reshape(-1, 4)
-    return InMemory(image, boxes_xyxy, np.array(list(class_ids), np.int64))
+    return LabelledImage(image, boxes_xyxy, np.array(list(class_ids), np.int64))
 
 
 def colour_mask(image, colour, contrast=64):
@@ -124,7 +127,7 @@ def test_a_placement_is_exact_beyond_every_edge_of_the_canvas(flip):
 
 def test_a_whole_image_at_its_own_size_is_copied_and_flipped_without_a_change():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
-    source = InMemory(image, np.array([[3, 4, 10, 20]], np.float32), np.array([7]))
+    source = LabelledImage(image, np.array([[3, 4, 10, 20]], np.float32), np.array([7]))
     for flip, expected, box in [(False, image, [5, 5, 12, 21]), (True, image[:, ::-1], 0)]:
         canvas = np.zeros((40, 40, 3), np.uint8)
         placement = place_image(
@@ -171,7 +174,7 @@ def test_boxes_end_at_the_seams_of_a_mosaic():
 @pytest.mark.parametrize("min_visible", [0.0, 0.4])
 def test_cut_boxes_are_kept_ignored_or_dropped_by_what_is_left_of_them(min_visible):
     boxes = np.array([[0, 0, 10, 10], [0, 0, 30, 10], [0, 0, 21, 10], [30, 5, 50, 6]], np.float32)
-    image = InMemory(np.zeros((50, 50, 3), np.uint8), boxes, np.arange(4))
+    image = LabelledImage(np.zeros((50, 50, 3), np.uint8), boxes, np.arange(4))
     placement = place_image(
         (50, 50), (0, 0, 30, 50), size_hw=(50, 50), top_left=(0, -20), flip=False
     )
@@ -209,7 +212,7 @@ def test_images_without_objects_stay_without_objects(transform):
 
 @pytest.mark.parametrize("image_hw", [(1, 1), (1, 500), (500, 1), (2, 3)])
 def test_images_of_any_shape_work(image_hw):
-    image = InMemory(
+    image = LabelledImage(
         np.full((*image_hw, 3), 255, np.uint8),
         np.array([[0, 0, image_hw[1], image_hw[0]]], np.float32),
         np.array([7]),
@@ -254,7 +257,7 @@ def test_hsv_gains_agree_with_colorsys(gains):
 def test_without_gains_no_pixel_changes():
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     fixed = dataclasses.replace(PLAIN, scale=(1, 1), jitter=0, flip_prob=0)
-    source = InMemory(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    source = LabelledImage(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     result = random_single(source, (16, 16), augmentation=fixed, rng=np.random.default_rng(0))
     assert (result.image == image).all()
 
@@ -294,7 +297,7 @@ def test_flip_prob_is_the_share_of_mirrored_images(flip_prob, expected):
 @pytest.mark.parametrize(("knob", "channel"), [("hue", 0), ("saturation", 1), ("value", 2)])
 def test_each_colour_gain_changes_its_own_channel(knob, channel):
     image = np.full((8, 8, 3), (150, 100, 60), np.uint8)
-    source = InMemory(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    source = LabelledImage(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     fixed = dataclasses.replace(PLAIN, scale=(1, 1), jitter=0, **{knob: 0.5})
     result = random_single(source, (8, 8), augmentation=fixed, rng=np.random.default_rng(0))
     before, after = (

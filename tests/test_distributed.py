@@ -89,7 +89,7 @@ from tests.test_step import batch, make_step
 
 with process_group(torch.device("cpu")):
     step = make_step(bn=False)
-    step.network = DistributedDataParallel(step.model, broadcast_buffers=False)
+    step.network = data_parallel(step.model)
     for number in range(4):
         step(*batch(seed=10 * rank() + number), group_size=2, update=number % 2 == 1)
         if number % 2 == 0:

@@ -1,4 +1,9 @@
-"""How much code an image passes on its way from the disk to a gradient: who reads it must, too."""
+"""How much code an image passes on its way from the disk to a gradient: who reads it must, too.
+
+From an item of the data set over its batch and the network to the end of the backward pass. Not in
+it: the order of the epoch, the step's snapshot for bad batches, and nets/cpu/mish.py, which is used
+in training on a CPU alone.
+"""
 
 import os
 import sys

@@ -1,5 +1,6 @@
 """torch.distributed behind a few functions that also work in a single process."""
 
+import inspect
 import multiprocessing
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, report
 from utils.gpu import gpu_fault
@@ -41,6 +43,17 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def is_main() -> bool:
     """Whether this process writes files and prints."""
     return rank() == 0
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model, whose backward pass adds up the ranks' gradients.
+
+    BN statistics stay each rank's own; `broadcast_buffers` shares rank 0's where they are used.
+    """
+    known = inspect.signature(DistributedDataParallel).parameters  # renamed after torch 2.11
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def select_device(name: str) -> torch.device:
